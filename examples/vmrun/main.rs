@@ -1,0 +1,226 @@
+//! `vmrun`: vmcore's reference user. Runs a kernel in a virtual machine on this terminal.
+
+mod args;
+mod stats;
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Parser;
+use vmcore::boot::{Boot, Linux, LinuxEntry, Multiboot, Pvh, Raw, RawMode};
+use vmcore::host::{Report, Status};
+use vmcore::{Accel, Outcome, Vm, VmBuilder};
+use vmdevices::console::{self, Console, Socket, Stdio};
+use vmdevices::{Disk, Net, Pc, Rng};
+
+use args::{AccelArg, Args, ConsoleArg, EntryArg, NetArg};
+use stats::Times;
+
+fn main() -> ExitCode {
+    let begin = Instant::now();
+    let args = Args::parse();
+    if args.check {
+        let report = vmcore::host::check();
+        print!("{report}");
+        return ExitCode::from(check_status(&report));
+    }
+    match run(&args, begin) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("vmrun: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args, begin: Instant) -> Result<u8, Box<dyn std::error::Error>> {
+    if log::set_logger(&StderrLog).is_err() {
+        return Err("a logger is set already".into());
+    }
+    log::set_max_level(log::LevelFilter::Warn);
+    let times = Times::new(begin);
+    // Opened before the guest runs: a path that cannot be written is said while nothing is lost.
+    let stats = match &args.stats {
+        Some(path) => Some((path, File::create(path).map_err(|e| cannot_write(path, &e))?)),
+        None => None,
+    };
+    let mut vm = build(args, &times)?;
+    times.created();
+    // Standard error is not buffered: one text is one write.
+    let using = format!("vmrun: using {}: {}\r\n", vm.backend(), vm.backend_reason());
+    eprint!("{using}");
+    let outcome = match args.timeout {
+        Some(limit) => vm.run_for(limit.saturating_sub(begin.elapsed())),
+        None => vm.run(),
+    };
+    times.ended();
+    // Whatever the outcome: the figures up to there are wanted most when something went wrong.
+    if let Some((path, mut file)) = stats {
+        let text = times.to_json(vm.backend(), &vm.stats()?, outcome.as_ref().ok());
+        file.write_all(text.as_bytes()).map_err(|e| cannot_write(path, &e))?;
+    }
+    // The terminal gets its settings back before the last words.
+    drop(vm);
+    let outcome = outcome?;
+    // A guest that resets may have meant to, or have crashed: the status is 0 either way.
+    if outcome != Outcome::PowerOff {
+        eprintln!("vmrun: the guest ended: {outcome:?}");
+    }
+    Ok(exit_status(outcome))
+}
+
+fn cannot_write(path: &Path, error: &io::Error) -> String {
+    format!("cannot write statistics to {}: {error}; check the path", path.display())
+}
+
+/// What a shell gets to see of `--check`.
+fn check_status(report: &Report) -> u8 {
+    let has = |status| report.backends.iter().any(|backend| backend.status == status);
+    if has(Status::Usable) {
+        0
+    } else if has(Status::SmallGuestsOnly) {
+        3
+    } else {
+        1
+    }
+}
+
+/// What a shell gets to see of the guest's end.
+fn exit_status(outcome: Outcome) -> u8 {
+    match outcome {
+        Outcome::PowerOff | Outcome::Reset(_) => 0,
+        // As QEMU's isa-debug-exit: odd, so that it is not success by accident.
+        Outcome::Exit(value) => (value << 1 | 1).to_le_bytes()[0],
+        Outcome::TimeLimit => 124,
+        Outcome::Stopped => 130,
+        Outcome::Halted => 3,
+        _ => 1,
+    }
+}
+
+fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
+    let kernel = args.kernel.as_deref().ok_or("no --kernel")?;
+    let mut pc = Pc::new().serial(times.watch(console(&args.console)?));
+    if args.exit_port != 0 {
+        pc = pc.exit_port(args.exit_port);
+    }
+    let mut builder: VmBuilder = Vm::builder()
+        .accel(match args.accel {
+            AccelArg::Auto => Accel::Auto,
+            AccelArg::Kvm => Accel::Kvm,
+            AccelArg::Soft => Accel::Soft,
+        })
+        .memory(args.memory)
+        .cpus(args.cpus.get())
+        .cpu_model(args.cpu)
+        .acpi(!args.no_acpi)
+        .boot(boot(args, kernel)?)
+        .attach(pc);
+    for disk in &args.disks {
+        let image = if disk.read_only { Disk::open_read_only(&disk.path) } else { Disk::open(&disk.path) };
+        builder = builder.attach(image?);
+    }
+    if let NetArg::Tap(name) = &args.net {
+        builder = builder.attach(Net::tap(name)?);
+    }
+    if !args.disks.is_empty() {
+        builder = builder.attach(Rng::new());
+    }
+    Ok(builder.build()?)
+}
+
+fn console(target: &ConsoleArg) -> vmcore::Result<Box<dyn Console>> {
+    Ok(match target {
+        ConsoleArg::Stdio => Box::new(Stdio::new()?),
+        ConsoleArg::File(path) => Box::new(console::File::create(path)?),
+        ConsoleArg::Unix(path) => Box::new(Socket::listen(path)?),
+    })
+}
+
+fn boot(args: &Args, kernel: &Path) -> Result<Boot, Box<dyn std::error::Error>> {
+    let kind = match args.entry {
+        EntryArg::Auto => kind_of(kernel).map_err(|e| {
+            format!("cannot open kernel {}: {e}; check the path and its permissions", kernel.display())
+        })?,
+        EntryArg::Bzimage => Kind::Linux,
+        EntryArg::Pvh => Kind::Pvh,
+        EntryArg::Raw => Kind::Raw,
+    };
+    Ok(match kind {
+        Kind::Linux => {
+            let mut linux = Linux::new(kernel).cmdline(&args.cmdline);
+            if args.entry == EntryArg::Bzimage {
+                linux = linux.entry(LinuxEntry::BzImage);
+            }
+            match &args.initrd {
+                Some(initrd) => linux.initrd(initrd.as_path()),
+                None => linux,
+            }
+            .into()
+        }
+        Kind::Pvh => {
+            let pvh = Pvh::new(kernel).cmdline(&args.cmdline);
+            match &args.initrd {
+                Some(initrd) => pvh.initrd(initrd.as_path()),
+                None => pvh,
+            }
+            .into()
+        }
+        Kind::Multiboot => {
+            let multiboot = Multiboot::new(kernel).cmdline(&args.cmdline);
+            match &args.initrd {
+                Some(module) => multiboot.module(module.as_path(), ""),
+                None => multiboot,
+            }
+            .into()
+        }
+        Kind::Raw => Raw::new(kernel, RawMode::Real16).into(),
+    })
+}
+
+/// Which loader a kernel needs, where the user does not say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Linux,
+    Pvh,
+    Multiboot,
+    Raw,
+}
+
+fn kind_of(kernel: &Path) -> io::Result<Kind> {
+    let mut head = Vec::with_capacity(8192);
+    File::open(kernel)?.take(8192).read_to_end(&mut head)?;
+    Ok(kind(&head))
+}
+
+fn kind(head: &[u8]) -> Kind {
+    let multiboot = head.chunks_exact(4).any(|word| word == 0x1bad_b002_u32.to_le_bytes());
+    match head {
+        // An ELF file for 32-bit processors is entered by its PVH note, unless it asks for multiboot.
+        [0x7f, b'E', b'L', b'F', 1, ..] if !multiboot => Kind::Pvh,
+        [0x7f, b'E', b'L', b'F', 2, ..] => Kind::Linux,
+        _ if multiboot => Kind::Multiboot,
+        _ => Kind::Linux,
+    }
+}
+
+/// Prints the library's warnings.
+struct StderrLog;
+
+impl log::Log for StderrLog {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::Level::Warn
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.enabled(record.metadata()) {
+            // The terminal may be in raw mode, where a line feed does not return the carriage.
+            let _ = write!(io::stderr(), "vmrun: {}\r\n", record.args());
+        }
+    }
+
+    fn flush(&self) {}
+}

@@ -1,0 +1,68 @@
+//! What CPUID can tell guests of the software CPU (SDM vol. 2A, "CPUID").
+
+use super::clock::TSC_KHZ;
+use super::mmu::PHYSICAL_BITS;
+use crate::cpuid::{Cpuid, CpuidEntry};
+
+/// Every leaf that can be presented.
+pub(in crate::soft) fn supported() -> Cpuid {
+    let bits = |bits: &[u32]| bits.iter().fold(0, |all, bit| all | 1 << bit);
+    let leaf =
+        |leaf, subleaf, [eax, ebx, ecx, edx]: [u32; 4]| CpuidEntry { leaf, subleaf, eax, ebx, ecx, edx };
+    let text = |text: &[u8; 12]| {
+        let word = |n: usize| u32::from_le_bytes([text[n], text[n + 1], text[n + 2], text[n + 3]]);
+        [word(0), word(4), word(8)]
+    };
+    let [v0, v1, v2] = text(b"GenuineIntel");
+    let [k0, k1, k2] = text(b"KVMKVMKVM\0\0\0");
+    // SSE3, PCLMULQDQ, SSSE3, CMPXCHG16B, PCID, SSE4.1, SSE4.2, x2APIC, MOVBE, POPCNT, TSC deadline,
+    // AES, XSAVE, RDRAND, hypervisor.
+    let ecx1 = bits(&[0, 1, 9, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 30, 31]);
+    // FPU, VME, DE, PSE, TSC, MSR, PAE, MCE, CX8, APIC, SEP, MTRR, PGE, MCA, CMOV, PAT, PSE-36, CLFLUSH,
+    // MMX, FXSR, SSE, SSE2, SS.
+    let edx1 = bits(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26, 27]);
+    // FSGSBASE, TSC_ADJUST, SMEP, ERMS, INVPCID, RDSEED, SMAP, CLFLUSHOPT, CLWB, SHA.
+    let ebx7 = bits(&[0, 1, 7, 9, 10, 18, 20, 23, 24, 29]);
+    // FSRM, MD_CLEAR, ARCH_CAPABILITIES.
+    let edx7 = bits(&[4, 10, 29]);
+    let khz = TSC_KHZ;
+    let brand = b"vmcore software processor";
+    let mut padded = [0u8; 48];
+    padded[..brand.len()].copy_from_slice(brand);
+    let words: Vec<u32> = padded.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
+    let brand = |n: u32| {
+        let part = &words[n as usize * 4..][..4];
+        leaf(0x8000_0002 + n, None, [part[0], part[1], part[2], part[3]])
+    };
+    Cpuid::new([
+        leaf(0, None, [0x16, v0, v2, v1]),
+        // Family 6, model 0x55, stepping 4; CLFLUSH lines of 64 bytes.
+        leaf(1, None, [0x0005_0654, 0x0800, ecx1, edx1]),
+        leaf(2, None, [0x00ff_ff01, 0, 0, 0]),
+        leaf(4, Some(0), [0, 0, 0, 0]),
+        leaf(6, None, [bits(&[2]), 0, 0, 0]),
+        // UMIP and RDPID.
+        leaf(7, Some(0), [0, ebx7, bits(&[2, 22]), edx7]),
+        leaf(0xb, Some(0), [0, 0, 0, 0]),
+        leaf(0xb, Some(1), [0, 0, 1, 0]),
+        // XSAVE: x87 and SSE, 576 bytes; XSAVEOPT.
+        leaf(0xd, Some(0), [0b11, 576, 576, 0]),
+        leaf(0xd, Some(1), [1, 576, 0, 0]),
+        // The TSC is the crystal's, and that is the LAPIC timer's.
+        leaf(0x15, None, [1, 1, khz * 1000, 0]),
+        leaf(0x16, None, [khz / 1000, khz / 1000, 100, 0]),
+        leaf(0x4000_0000, None, [0x4000_0010, k0, k1, k2]),
+        // KVM_FEATURE_CLOCKSOURCE2, NOP_IO_DELAY, POLL_CONTROL, CLOCKSOURCE_STABLE.
+        leaf(0x4000_0001, None, [bits(&[1, 3, 12, 24]), 0, 0, 0]),
+        leaf(0x4000_0010, None, [khz, khz, 0, 0]),
+        leaf(0x8000_0000, None, [0x8000_0008, 0, 0, 0]),
+        // LAHF, LZCNT is not there; PREFETCHW. SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
+        leaf(0x8000_0001, None, [0, 0, bits(&[0, 8]), bits(&[11, 20, 26, 27, 29])]),
+        brand(0),
+        brand(1),
+        brand(2),
+        // Invariant TSC.
+        leaf(0x8000_0007, None, [0, 0, 0, bits(&[8])]),
+        leaf(0x8000_0008, None, [PHYSICAL_BITS | 48 << 8, 0, 0, 0]),
+    ])
+}

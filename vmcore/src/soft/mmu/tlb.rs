@@ -1,0 +1,299 @@
+//! The translation caches.
+#![expect(unsafe_code, reason = "the bank in use is referred to by pointer: every access begins with it")]
+
+use std::ptr::NonNull;
+
+/// Supervisor accesses; under SMAP without user pages.
+pub(super) const SUPERVISOR: usize = 0;
+/// Supervisor accesses with RFLAGS.AC set under SMAP.
+pub(super) const SUPERVISOR_AC: usize = 1;
+/// User accesses.
+pub(super) const USER: usize = 2;
+const KINDS: usize = 3;
+
+/// Process contexts kept at a time. Linux uses 6.
+const PROCESSES: usize = 8;
+
+/// Entries of a table: a power of two.
+pub(super) const ENTRIES: usize = 1024;
+
+/// Page number bits of an address.
+pub(super) const PAGE: u64 = !0xfff;
+
+/// Flag in [`Entry::tag`]: never a fast hit. The page is a device's or a ROM, and `gpa` says where.
+pub(super) const DEVICE: u64 = 1;
+/// Flag in [`Entry::tag`]: never a fast hit, because a write must look at the page's code map.
+pub(super) const CODE: u64 = 2;
+/// Flag in [`Entry::tag`]: the translation is global.
+pub(super) const GLOBAL: u64 = 4;
+/// Tag that no address has.
+const EMPTY: u64 = 8;
+
+/// One translation.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(super) struct Entry {
+    /// Linear address of the page, with flags. A tag with a flag other than zero never compares equal
+    /// to an address: it is for the slow path.
+    pub(super) tag: u64,
+    /// Host address less linear address, modulo 2^64.
+    pub(super) addend: u64,
+}
+
+const NOTHING: Entry = Entry { tag: EMPTY, addend: 0 };
+
+/// Translations for one kind of access.
+pub(super) struct Table {
+    pub(super) entries: [Entry; ENTRIES],
+    /// Guest-physical page addresses, for the slow path, with [`GLOBAL`] where it applies.
+    pub(super) gpa: [u64; ENTRIES],
+}
+
+/// Index of the entry for `at` in a table.
+#[inline(always)]
+pub(super) fn index(at: u64) -> usize {
+    (at >> 12) as usize & (ENTRIES - 1)
+}
+
+impl Table {
+    const EMPTY: Self = Self { entries: [NOTHING; ENTRIES], gpa: [0; ENTRIES] };
+
+    fn clear(&mut self) {
+        self.entries.fill(NOTHING);
+    }
+
+    fn clear_unless_global(&mut self) {
+        for (entry, gpa) in self.entries.iter_mut().zip(&self.gpa) {
+            if gpa & GLOBAL == 0 {
+                *entry = NOTHING;
+            }
+        }
+    }
+
+    fn clear_page(&mut self, at: u64) {
+        let entry = &mut self.entries[index(at)];
+        if entry.tag & PAGE == at & PAGE {
+            *entry = NOTHING;
+        }
+    }
+
+    /// The entry that covers `at`, with whatever flags, and the guest-physical page.
+    pub(super) fn find(&self, at: u64) -> Option<(Entry, u64)> {
+        let n = index(at);
+        let entry = self.entries[n];
+        (entry.tag & PAGE == at & PAGE && entry.tag & EMPTY == 0).then_some((entry, self.gpa[n] & PAGE))
+    }
+
+    pub(super) fn set(&mut self, at: u64, flags: u64, host: u64, gpa: u64, global: bool) {
+        let n = index(at);
+        let page = at & PAGE;
+        self.entries[n] = Entry { tag: page | flags, addend: host.wrapping_sub(page) };
+        self.gpa[n] = gpa | if global { GLOBAL } else { 0 };
+    }
+}
+
+/// The translations of one process context for one kind of privilege.
+pub(super) struct Bank {
+    pub(super) read: Table,
+    pub(super) write: Table,
+    pub(super) execute: Table,
+    /// Changes whenever a translation for execution is dropped.
+    pub(super) context: u64,
+    /// Whether anything was entered since the last clearing.
+    used: bool,
+    /// Which 2 MiB and 1 GiB pages parts were entered of, as bit sets of hashes: INVLPG of one address
+    /// drops all of its page.
+    large: [u64; 64],
+    huge: u64,
+}
+
+impl Bank {
+    /// Notes that `at` lies in a page of `1 << size` bytes.
+    pub(super) fn note_size(&mut self, at: u64, size: u32) {
+        match size {
+            13..=22 => self.large[(at >> 27) as usize & 63] |= 1 << (at >> 21 & 63),
+            30 => self.huge |= 1 << (at >> 30 & 63),
+            _ => {}
+        }
+    }
+
+    /// Drops the translations of the page of `at`, whatever its size. Returns whether one for execution
+    /// may have been among them.
+    fn clear_page(&mut self, at: u64) -> bool {
+        let shift = if self.huge & 1 << (at >> 30 & 63) != 0 {
+            30
+        } else if self.large[(at >> 27) as usize & 63] & 1 << (at >> 21 & 63) != 0 {
+            // 4 MiB for the pages of 32-bit paging.
+            22
+        } else {
+            let executed = self.execute.find(at).is_some();
+            for table in [&mut self.read, &mut self.write, &mut self.execute] {
+                table.clear_page(at);
+            }
+            return executed;
+        };
+        for table in [&mut self.read, &mut self.write, &mut self.execute] {
+            for entry in table.entries.iter_mut().filter(|entry| entry.tag >> shift == at >> shift) {
+                *entry = NOTHING;
+            }
+        }
+        true
+    }
+
+    fn boxed(context: u64) -> Box<Self> {
+        Box::new(Self {
+            read: Table::EMPTY,
+            write: Table::EMPTY,
+            execute: Table::EMPTY,
+            context,
+            used: false,
+            large: [0; 64],
+            huge: 0,
+        })
+    }
+}
+
+/// Every bank of a vCPU.
+pub(super) struct Banks {
+    /// By process slot and kind. Made when first selected.
+    banks: Vec<Option<Box<Bank>>>,
+    /// Which process context each slot holds, and when it was last selected.
+    processes: [(Option<u16>, u64); PROCESSES],
+    process_slot: usize,
+    active: usize,
+    /// The bank number `active`.
+    current: NonNull<Bank>,
+    /// Source of [`Bank::context`].
+    contexts: u64,
+    time: u64,
+}
+
+// SAFETY: `current` points into `banks`, which moves along with it; a box's contents stay in place.
+unsafe impl Send for Banks {}
+
+impl Banks {
+    pub(super) fn new() -> Self {
+        let mut first = Bank::boxed(1);
+        let current = NonNull::from(&mut *first);
+        let others = std::iter::repeat_with(|| None).take(PROCESSES * KINDS - 1);
+        let mut banks = Self {
+            banks: std::iter::once(Some(first)).chain(others).collect(),
+            current,
+            processes: [(None, 0); PROCESSES],
+            process_slot: 0,
+            active: 0,
+            contexts: 1,
+            time: 0,
+        };
+        banks.select(SUPERVISOR);
+        banks
+    }
+
+    fn next_context(contexts: &mut u64) -> u64 {
+        *contexts += 1;
+        *contexts
+    }
+
+    /// Makes `process` the present process context; takes the slot that was used longest ago where it
+    /// has none.
+    pub(super) fn set_process(&mut self, process: u16) {
+        self.time += 1;
+        let slot = self.processes.iter().position(|(p, _)| *p == Some(process)).unwrap_or_else(|| {
+            let slot = (0..PROCESSES).min_by_key(|&n| self.processes[n].1).unwrap_or(0);
+            self.processes[slot].0 = Some(process);
+            self.flush_slot(slot, Table::clear);
+            slot
+        });
+        self.processes[slot].1 = self.time;
+        self.process_slot = slot;
+        self.active = slot * KINDS + self.active % KINDS;
+        self.select(self.active % KINDS);
+    }
+
+    /// Makes the bank for `kind` of the present process context the active one.
+    #[inline]
+    pub(super) fn select(&mut self, kind: usize) {
+        self.set_active_number(self.process_slot * KINDS + kind);
+    }
+
+    #[inline(always)]
+    pub(super) fn active(&self) -> &Bank {
+        // SAFETY: `set_active_number` has set it to a bank in a box of `banks`, which are only dropped
+        // with it, and nothing else refers to the bank while `self` is borrowed.
+        unsafe { self.current.as_ref() }
+    }
+
+    #[inline(always)]
+    pub(super) fn active_mut(&mut self) -> &mut Bank {
+        // SAFETY: as in `active`, and `self` is borrowed exclusively.
+        let bank = unsafe { self.current.as_mut() };
+        bank.used = true;
+        bank
+    }
+
+    /// Which bank is active, to be set again by [`Banks::set_active_number`].
+    pub(super) fn active_number(&self) -> usize {
+        self.active
+    }
+
+    pub(super) fn set_active_number(&mut self, number: usize) {
+        self.active = number;
+        let contexts = &mut self.contexts;
+        let bank = self.banks[number].get_or_insert_with(|| Bank::boxed(Self::next_context(contexts)));
+        self.current = NonNull::from(&mut **bank);
+    }
+
+    fn flush_bank(bank: &mut Bank, contexts: &mut u64, clear: fn(&mut Table)) {
+        if !bank.used {
+            return;
+        }
+        for table in [&mut bank.read, &mut bank.write, &mut bank.execute] {
+            clear(table);
+        }
+        bank.context = Self::next_context(contexts);
+    }
+
+    fn flush_slot(&mut self, slot: usize, clear: fn(&mut Table)) {
+        for bank in self.banks[slot * KINDS..][..KINDS].iter_mut().flatten() {
+            Self::flush_bank(bank, &mut self.contexts, clear);
+        }
+    }
+
+    pub(super) fn flush_all(&mut self) {
+        for bank in self.banks.iter_mut().flatten() {
+            Self::flush_bank(bank, &mut self.contexts, Table::clear);
+            (bank.used, bank.large, bank.huge) = (false, [0; 64], 0);
+        }
+    }
+
+    pub(super) fn flush_process(&mut self, process: u16) {
+        if let Some(slot) = self.processes.iter().position(|(p, _)| *p == Some(process)) {
+            self.flush_slot(slot, Table::clear_unless_global);
+        }
+    }
+
+    pub(super) fn flush_page(&mut self, at: u64) {
+        for bank in self.banks.iter_mut().flatten() {
+            if bank.clear_page(at) {
+                bank.context = Self::next_context(&mut self.contexts);
+            }
+        }
+    }
+
+    pub(super) fn flush_writes(&mut self) {
+        for bank in self.banks.iter_mut().flatten() {
+            bank.write.clear();
+        }
+    }
+
+    pub(super) fn flush_writes_to(&mut self, gpa: u64) {
+        for bank in self.banks.iter_mut().flatten().filter(|bank| bank.used) {
+            let Table { entries, gpa: pages } = &mut bank.write;
+            for (entry, page) in entries.iter_mut().zip(pages) {
+                if *page & PAGE == gpa & PAGE {
+                    *entry = NOTHING;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! How devices get onto a machine: ours and the embedder's in the same way.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use crate::backend::{BackendVm, DoorbellConfig, IrqRoute, Registration};
+use crate::boot::acpi::{AcpiDevice, AcpiHid, PowerPorts};
+use crate::boot::layout;
+use crate::bus::{Bus, SharedDevice};
+use crate::error::{Error, Result};
+use crate::irq::{IrqLine, IrqSink};
+use crate::memory::{GpaRange, GuestAddress, GuestMemory};
+
+use super::io_thread::IoThread;
+use super::run::Control;
+
+/// Something that can be put on a machine: a device, or a board of them.
+///
+/// It asks the [`Machine`] for ports, MMIO windows, interrupts and threads, and says how ACPI should
+/// describe what it made.
+pub trait Attach: Send {
+    /// Puts the device on `machine`. Called once, while the VM is being built.
+    ///
+    /// # Errors
+    /// Whatever kept the device from being made; the build then fails with it.
+    fn attach(self: Box<Self>, machine: &mut Machine) -> Result<()>;
+}
+
+/// A closure is a device too: `builder.attach(|machine: &mut Machine| ...)`.
+impl<F: FnOnce(&mut Machine) -> Result<()> + Send> Attach for F {
+    fn attach(self: Box<Self>, machine: &mut Machine) -> Result<()> {
+        self(machine)
+    }
+}
+
+/// Which interrupt inputs are given out, in this order, when a device asks for any. The ISA ones
+/// that nothing standard uses come last; behind the end they are shared.
+const IRQ_POOL: [u32; 11] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 10, 11];
+
+/// The machine while devices are attached to it, on the thread that builds the VM.
+#[derive(Debug)]
+pub struct Machine {
+    pub(super) vm: Arc<dyn BackendVm>,
+    pub(super) memory: GuestMemory,
+    pub(super) ports: Bus,
+    pub(super) mmio: Bus,
+    pub(super) control: Control,
+    window: GpaRange,
+    irqchip: bool,
+    irqs_given: usize,
+    pub(super) acpi: Vec<AcpiDevice>,
+    pub(super) power: Option<PowerPorts>,
+    pub(super) io_threads: Vec<IoThread>,
+    pub(super) kept: Vec<Kept>,
+}
+
+/// Something that lives as long as the VM.
+pub(super) struct Kept(#[expect(dead_code, reason = "kept for its Drop")] Box<dyn Any + Send>);
+
+impl std::fmt::Debug for Kept {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Kept")
+    }
+}
+
+impl Machine {
+    pub(super) fn new(vm: Arc<dyn BackendVm>, memory: GuestMemory, control: Control, irqchip: bool) -> Self {
+        Self {
+            vm,
+            memory,
+            ports: Bus::new("port range"),
+            mmio: Bus::new("MMIO window"),
+            control,
+            window: layout::MMIO_DEVICES,
+            irqchip,
+            irqs_given: 0,
+            acpi: Vec::new(),
+            power: None,
+            io_threads: Vec::new(),
+            kept: Vec::new(),
+        }
+    }
+
+    /// Puts `device` at `len` I/O ports from `base`.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] where a device has one of them already.
+    pub fn ports(&mut self, base: u16, len: u16, device: SharedDevice) -> Result<()> {
+        self.ports.insert(base.into(), len.into(), device)
+    }
+
+    /// Puts `device` at `len` bytes of guest-physical addresses from `base`.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] where a device or memory is there.
+    pub fn mmio(&mut self, base: GuestAddress, len: u64, device: SharedDevice) -> Result<()> {
+        let new = GpaRange { base: base.0, len };
+        if let Some(existing) = self.memory.ranges().into_iter().find(|r| r.overlaps(&new)) {
+            return Err(Error::Conflict {
+                kind: "MMIO window",
+                new: new.to_string(),
+                existing: format!("memory {existing}"),
+            });
+        }
+        self.mmio.insert(base.0, len, device)
+    }
+
+    /// Sets aside `len` bytes of guest-physical addresses below 4 GiB, aligned to `len` rounded up to
+    /// a power of two (at least 4096), that neither memory nor another device uses.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where the space for devices is used up.
+    pub fn mmio_window(&mut self, len: u64) -> Result<GuestAddress> {
+        let full = |left: u64| Error::Config {
+            what: "MMIO window",
+            value: format!("{len:#x} bytes"),
+            fix: format!("the space for devices below 4 GiB has {left:#x} bytes left; attach fewer devices"),
+        };
+        let GpaRange { base, len: left } = self.window;
+        let align = len.max(4096).checked_next_power_of_two().ok_or_else(|| full(left))?;
+        let at = base.next_multiple_of(align);
+        let used =
+            (at - base).checked_add(len.max(4096)).filter(|&used| used <= left).ok_or_else(|| full(left))?;
+        self.window = GpaRange { base: base + used, len: left - used };
+        Ok(GuestAddress(at))
+    }
+
+    /// Gives out the number of a global system interrupt that the platform's own devices do not use. When all are
+    /// given out they are shared in turn, so say "shared" to ACPI.
+    pub fn allocate_gsi(&mut self) -> u32 {
+        let gsi = IRQ_POOL[self.irqs_given % IRQ_POOL.len()];
+        self.irqs_given += 1;
+        gsi
+    }
+
+    /// Whether the machine has interrupt controllers.
+    pub fn has_irqchip(&self) -> bool {
+        self.irqchip
+    }
+
+    /// The wire into global system interrupt `gsi`. It leads nowhere on a machine without interrupt
+    /// controllers: such a guest polls.
+    pub fn irq_line(&self, gsi: u32) -> IrqLine {
+        if !self.irqchip {
+            return IrqLine::detached();
+        }
+        let sink: Arc<dyn IrqSink> = self.vm.clone();
+        IrqLine::new(sink, gsi)
+    }
+
+    /// An event that raises `route` when it is written: cheaper than a wire from an I/O thread.
+    ///
+    /// # Errors
+    /// As [`BackendVm::irq_event`].
+    pub fn irq_event(&self, route: IrqRoute) -> Result<Registration> {
+        self.vm.irq_event(route)
+    }
+
+    /// An event that a guest's write signals, instead of calling the device on the vCPU's thread.
+    ///
+    /// # Errors
+    /// As [`BackendVm::doorbell`].
+    pub fn doorbell(&self, config: DoorbellConfig) -> Result<Registration> {
+        self.vm.doorbell(config)
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// The machine's off and reset switch, for devices to keep.
+    pub fn control(&self) -> Control {
+        self.control.clone()
+    }
+
+    /// Makes a thread that serves devices: it starts when the VM first runs and stops with it. Ask for
+    /// one for each device that may block, and share one among those that do not.
+    ///
+    /// # Errors
+    /// Where the host refuses a descriptor. Where it refuses the thread, the run fails.
+    pub fn io_thread(&mut self, name: &str) -> Result<IoThread> {
+        let thread = IoThread::unstarted(name)?;
+        self.io_threads.push(thread.clone());
+        Ok(thread)
+    }
+
+    /// Has the guest find `device` in the ACPI DSDT.
+    pub fn describe(&mut self, device: AcpiDevice) {
+        self.acpi.push(device);
+    }
+
+    /// How many devices with the textual hardware id `hid` are described so far: the next one's
+    /// number.
+    pub fn described(&self, hid: &str) -> u32 {
+        let same = |device: &&AcpiDevice| matches!(&device.hid, AcpiHid::Text(text) if text == hid);
+        u32::try_from(self.acpi.iter().filter(same).count()).unwrap_or(u32::MAX)
+    }
+
+    /// Tells the guest where the ACPI power and reset registers are.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] where another device has said so already.
+    pub fn describe_power(&mut self, power: PowerPorts) -> Result<()> {
+        if let Some(existing) = &self.power {
+            return Err(Error::Conflict {
+                kind: "ACPI power block",
+                new: format!("port {:#x}", power.pm1_control),
+                existing: format!("port {:#x}", existing.pm1_control),
+            });
+        }
+        self.power = Some(power);
+        Ok(())
+    }
+
+    /// Keeps `resource` (a watch, a registration, a mapping) for as long as the VM lives.
+    pub fn keep(&mut self, resource: impl Any + Send) {
+        self.kept.push(Kept(Box::new(resource)));
+    }
+}

@@ -1,0 +1,503 @@
+//! Running a VM: one thread per vCPU, and the state they and their controllers share.
+//!
+//! A vCPU's thread owns its [`Vcpu`] while it runs and parks between runs. All decisions are made
+//! under one lock, [`Shared::state`]; whoever changes it kicks the vCPUs, and kicks are never lost,
+//! so a thread always comes back to look. No other lock is taken while that one is held.
+
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::Inside;
+use super::io_thread::{Hold, IoThread, mark_vm_thread, on_vm_thread};
+use crate::backend::{VcpuExit, VcpuHandle};
+use crate::error::{Error, Result};
+use crate::state::{MachineState, VcpuState};
+use crate::vcpu::Vcpu;
+
+use serde::{Deserialize, Serialize};
+
+/// What made the guest's machine reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ResetCause {
+    /// The keyboard controller's reset line (i8042, command 0xFE).
+    Keyboard,
+    /// The reset control register at port 0xCF9.
+    Port,
+    /// The ACPI reset register, where it is not port 0xCF9.
+    Acpi,
+    /// A triple fault.
+    TripleFault,
+}
+
+/// How a run of the guest ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// The guest switched itself off (ACPI S5).
+    PowerOff,
+    /// The guest reset itself. To boot again, build the VM again.
+    Reset(ResetCause),
+    /// The guest wrote this value to the exit port.
+    Exit(u32),
+    /// Every vCPU is halted with interrupts off or was never started: nothing can wake the guest.
+    Halted,
+    /// The host stopped the run; it can go on.
+    Stopped,
+    /// The time given to the run is over; it can go on.
+    TimeLimit,
+}
+
+impl Outcome {
+    /// Whether another run can go on from here.
+    fn resumable(self) -> bool {
+        matches!(self, Outcome::Stopped | Outcome::TimeLimit)
+    }
+
+    fn as_state(self) -> &'static str {
+        match self {
+            Outcome::PowerOff => "switched off",
+            Outcome::Reset(_) => "reset",
+            Outcome::Exit(_) => "ended by its exit port",
+            Outcome::Halted => "halted for good",
+            Outcome::Stopped | Outcome::TimeLimit => "stopped",
+        }
+    }
+}
+
+/// How long a guest may look idle before it is looked at. A look costs an idle guest one exit.
+const IDLE_LOOK: Duration = Duration::from_millis(100);
+const IDLE_LOOK_MAX: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Default)]
+struct State {
+    /// [`Vm::run`](super::Vm::run) is under way.
+    running: bool,
+    /// How many [`Paused`] guards there are.
+    pauses: usize,
+    /// Threads are to end.
+    quit: bool,
+    /// How many vCPU threads there are, and how many wait for permission to run.
+    threads: usize,
+    parked: usize,
+    /// How the run ended, until the run takes it.
+    ended: Option<Result<Outcome>>,
+    /// The guest is gone for good: how.
+    over: Option<&'static str>,
+    /// How many vCPUs sleep for good, as counted since look number `look`.
+    look: u64,
+    asleep: usize,
+    /// When the first vCPU first entered the guest.
+    first_entry: Option<Instant>,
+}
+
+impl State {
+    fn may_run(&self) -> bool {
+        self.running && self.pauses == 0 && self.ended.is_none()
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    handles: Mutex<Vec<VcpuHandle>>,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn add_handle(&self, handle: VcpuHandle) {
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner).push(handle);
+    }
+
+    fn kick_all(&self) {
+        for handle in self.handles.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            handle.kick();
+        }
+    }
+
+    /// Ends the run; the first to say so counts.
+    fn end(&self, how: Result<Outcome>) {
+        {
+            let mut state = self.state();
+            // What the guest did must not be lost to a stop or time limit that came just before.
+            let final_one = how.as_ref().map_or(true, |outcome| !outcome.resumable());
+            match &state.ended {
+                Some(Ok(before)) if before.resumable() && final_one => {}
+                Some(_) => return,
+                None => {}
+            }
+            state.ended = Some(how);
+        }
+        self.changed.notify_all();
+        self.kick_all();
+    }
+
+    /// Waits until no vCPU thread is in the guest.
+    fn wait_for_parked(&self) -> MutexGuard<'_, State> {
+        let mut state = self.state();
+        while state.parked < state.threads {
+            state = self.wait(state);
+        }
+        state
+    }
+
+    pub(super) fn first_entry(&self) -> Option<Instant> {
+        self.state().first_entry
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.state().fmt(f)
+    }
+}
+
+/// A machine's off and reset switch: what devices hold, to end the guest.
+///
+/// Clones act on the same VM. May be called from any thread, device callbacks included.
+#[derive(Clone, Debug)]
+pub struct Control(pub(super) Arc<Shared>);
+
+impl Control {
+    /// A switch of no machine, for tests of devices, which can look at [`Control::asked`].
+    pub fn detached() -> Self {
+        Self(Arc::default())
+    }
+
+    /// What the run is to end with, where it has not ended yet. `None` also for an error.
+    pub fn asked(&self) -> Option<Outcome> {
+        self.0.state().ended.as_ref().and_then(|ended| ended.as_ref().ok().copied())
+    }
+
+    /// Ends the run that is under way, or the next one at its begin, with `outcome`. Where several
+    /// say so the first counts. The vCPU that calls this from an I/O callback runs no further
+    /// instruction.
+    pub fn end(&self, outcome: Outcome) {
+        self.0.end(Ok(outcome));
+    }
+
+    /// Ends the run with an error, for a device that cannot go on.
+    pub fn fail(&self, error: Error) {
+        self.0.end(Err(error));
+    }
+}
+
+/// The vCPU threads of a VM.
+pub(super) struct Threads {
+    pub(super) shared: Arc<Shared>,
+    vcpus: Vec<Arc<Mutex<Vcpu>>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Threads {
+    pub(super) fn new(shared: Arc<Shared>, vcpus: &[Arc<Mutex<Vcpu>>]) -> Self {
+        for vcpu in vcpus {
+            shared.add_handle(lock(vcpu).handle());
+        }
+        Self { shared, vcpus: vcpus.to_vec(), threads: Vec::new() }
+    }
+
+    fn start(&mut self) -> Result<()> {
+        for (id, vcpu) in self.vcpus.iter().enumerate().skip(self.threads.len()) {
+            let (shared, vcpu) = (self.shared.clone(), vcpu.clone());
+            self.shared.state().threads += 1;
+            let body = move || {
+                mark_vm_thread();
+                let work = || vcpu_thread(&shared, &vcpu);
+                if catch_unwind(AssertUnwindSafe(work)).is_err() {
+                    shared.end(Err(Error::device(format!("vcpu{id}"), "a device callback panicked")));
+                    let mut state = shared.state();
+                    state.threads -= 1;
+                    drop(state);
+                    shared.changed.notify_all();
+                }
+            };
+            let thread = std::thread::Builder::new().name(format!("vcpu{id}")).spawn(body).map_err(|e| {
+                self.shared.state().threads -= 1;
+                Error::os("pthread_create", format_args!("vCPU {id}"), e)
+            })?;
+            self.threads.push(thread);
+        }
+        Ok(())
+    }
+
+    /// Lets the vCPUs run, and `io_threads` serve them, until the guest ends, `deadline` passes, or
+    /// somebody stops it.
+    pub(super) fn run(&mut self, deadline: Option<Instant>, io_threads: &[IoThread]) -> Result<Outcome> {
+        if on_vm_thread() {
+            return Err(Error::WrongState {
+                op: "run",
+                state: "calling a device",
+                fix: "call it from a thread that is not the VM's own",
+            });
+        }
+        if let Some(over) = self.shared.state().over {
+            return Err(Error::WrongState { op: "run", state: over, fix: "build the VM again" });
+        }
+        self.start()?;
+        self.shared.state().running = true;
+        self.shared.changed.notify_all();
+        // After the vCPUs, whose first instructions need none of them.
+        if let Err(error) = io_threads.iter().try_for_each(IoThread::start) {
+            self.shared.end(Err(error));
+        }
+        let mut state = self.shared.state();
+        let mut patience = IDLE_LOOK;
+        let mut idle_since = None;
+        while state.ended.is_none() {
+            let now = Instant::now();
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(now));
+            if left == Some(Duration::ZERO) {
+                state.ended = Some(Ok(Outcome::TimeLimit));
+                break;
+            }
+            let wait = patience.min(left.unwrap_or(patience));
+            let waited = self.shared.changed.wait_timeout(state, wait);
+            let timeout;
+            (state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+            if state.ended.is_some() || !timeout.timed_out() || now.elapsed() < patience {
+                continue;
+            }
+            drop(state);
+            let spent = self.cpu_time();
+            idle_since = match idle_since {
+                // The look itself costs CPU time, so the next period begins afresh.
+                Some(before) if before == spent => {
+                    patience = (patience * 2).min(IDLE_LOOK_MAX);
+                    self.look();
+                    None
+                }
+                Some(_) => {
+                    patience = IDLE_LOOK;
+                    Some(spent)
+                }
+                None => Some(spent),
+            };
+            state = self.shared.state();
+        }
+        // Bring the threads home before the caller gets the VM back.
+        state.running = false;
+        drop(state);
+        self.shared.kick_all();
+        let mut state = self.shared.wait_for_parked();
+        let ended = state.ended.take().unwrap_or(Ok(Outcome::Stopped));
+        state.over = match &ended {
+            Ok(outcome) if outcome.resumable() => None,
+            Ok(outcome) => Some(outcome.as_state()),
+            Err(_) => Some("ended by an error"),
+        };
+        ended
+    }
+
+    /// CPU time that the vCPU threads have used, in clock readings that only change when one ran.
+    fn cpu_time(&self) -> Vec<Option<Duration>> {
+        self.threads.iter().map(super::thread_clock::cpu_time).collect()
+    }
+
+    /// Has every vCPU that runs come out and say whether it sleeps for good.
+    fn look(&self) {
+        {
+            let mut state = self.shared.state();
+            state.look += 1;
+            state.asleep = 0;
+        }
+        self.shared.kick_all();
+    }
+}
+
+impl Threads {
+    /// Ends the vCPU threads, wherever they are.
+    pub(super) fn end(&mut self) {
+        self.shared.state().quit = true;
+        self.shared.changed.notify_all();
+        self.shared.kick_all();
+        for thread in self.threads.drain(..) {
+            // A VM dropped by one of its own threads cannot wait for that one.
+            if thread.thread().id() != std::thread::current().id() {
+                // The thread has caught and told its panics.
+                drop(thread.join());
+            }
+        }
+    }
+}
+
+fn vcpu_thread(shared: &Shared, vcpu: &Mutex<Vcpu>) {
+    let mut looked = 0;
+    loop {
+        let mut state = shared.state();
+        state.parked += 1;
+        shared.changed.notify_all();
+        while !state.quit && !state.may_run() {
+            state = shared.wait(state);
+        }
+        if state.quit {
+            return;
+        }
+        state.parked -= 1;
+        state.first_entry.get_or_insert_with(Instant::now);
+        drop(state);
+
+        let mut vcpu = lock(vcpu);
+        loop {
+            let exit = vcpu.run();
+            match exit {
+                Ok(VcpuExit::Kicked) => {}
+                Ok(VcpuExit::TripleFault) => shared.end(Ok(Outcome::Reset(ResetCause::TripleFault))),
+                // Without interrupt controllers nothing wakes a halted vCPU.
+                Ok(VcpuExit::Halted) => shared.end(Ok(Outcome::Halted)),
+                Ok(VcpuExit::Debug { .. }) => shared.end(Ok(Outcome::Stopped)),
+                Err(error) => shared.end(Err(error)),
+            }
+            let state = shared.state();
+            if state.quit || !state.may_run() {
+                break;
+            }
+            let look = state.look;
+            drop(state);
+            if look != looked {
+                looked = look;
+                answer_look(shared, &vcpu, look);
+            }
+        }
+    }
+}
+
+/// Counts a vCPU that sleeps for good; where all do, the guest has halted.
+fn answer_look(shared: &Shared, vcpu: &Vcpu, look: u64) {
+    if !vcpu.sleeps_for_good().unwrap_or(false) {
+        return;
+    }
+    let mut state = shared.state();
+    if state.look == look {
+        state.asleep += 1;
+        if state.asleep == state.threads {
+            drop(state);
+            shared.end(Ok(Outcome::Halted));
+        }
+    }
+}
+
+/// A handle on a VM for other threads: pause, resume, stop. Clones mean the same VM.
+///
+/// It does not keep the VM alive.
+#[derive(Clone)]
+pub struct VmHandle {
+    pub(super) shared: Arc<Shared>,
+    pub(super) inside: Weak<Inside>,
+}
+
+impl VmHandle {
+    /// Ends the run that is under way, or the next one at its begin, with [`Outcome::Stopped`].
+    pub fn stop(&self) {
+        self.shared.end(Ok(Outcome::Stopped));
+    }
+
+    /// Holds all vCPUs and device threads until the guard is dropped. Returns once they stand still;
+    /// several guards may live at once. A VM that does not run can be paused too: its next run
+    /// then begins when the last guard goes.
+    ///
+    /// # Errors
+    /// [`Error::WrongState`] where a device's callback asks for it, which would wait for itself, and
+    /// where the VM is gone.
+    pub fn pause(&self) -> Result<Paused> {
+        let wrong = |state, fix| Error::WrongState { op: "pause", state, fix };
+        if on_vm_thread() {
+            return Err(wrong("calling a device", "pause from a thread that is not the VM's own"));
+        }
+        let inside =
+            self.inside.upgrade().ok_or_else(|| wrong("dropped", "keep the Vm while you use its handles"))?;
+        self.shared.state().pauses += 1;
+        // From here on the guard undoes what was done.
+        let mut paused = Paused { shared: self.shared.clone(), inside, holds: Vec::new() };
+        self.shared.kick_all();
+        drop(self.shared.wait_for_parked());
+        paused.holds = paused.inside.io_threads.iter().map(IoThread::hold).collect();
+        Ok(paused)
+    }
+}
+
+impl fmt::Debug for VmHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VmHandle").field("shared", &self.shared).finish_non_exhaustive()
+    }
+}
+
+/// The vCPUs and machine of a VM, without its memory and devices.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmState {
+    /// One state a vCPU, in the order of their numbers.
+    pub vcpus: Vec<VcpuState>,
+    /// Interrupt controllers and clock.
+    pub machine: MachineState,
+}
+
+/// A VM that stands still. It goes on when this is dropped, or by [`Paused::resume`], on any thread.
+pub struct Paused {
+    shared: Arc<Shared>,
+    inside: Arc<Inside>,
+    holds: Vec<Hold>,
+}
+
+impl Paused {
+    /// Lets the VM go on, where no other guard holds it.
+    pub fn resume(self) {}
+
+    /// The state of vCPUs and machine. Memory can be read through [`Vm::memory`](super::Vm::memory);
+    /// devices are not part of it.
+    ///
+    /// # Errors
+    /// Where the host refuses.
+    pub fn save(&self) -> Result<VmState> {
+        let vcpus = self.inside.vcpus.iter().map(|vcpu| lock(vcpu).save()).collect::<Result<_>>()?;
+        Ok(VmState { vcpus, machine: self.inside.vm.save()? })
+    }
+
+    /// Takes over a state that [`Paused::save`] gave, of this VM or of one built alike.
+    ///
+    /// # Errors
+    /// [`Error::State`] where the VM was built differently. vCPUs before the one that failed are
+    /// changed by then.
+    pub fn restore(&self, state: &VmState) -> Result<()> {
+        if state.vcpus.len() != self.inside.vcpus.len() {
+            return Err(Error::State {
+                what: "a VM",
+                expected: format!("{} vCPUs", self.inside.vcpus.len()),
+                found: format!("{} vCPUs", state.vcpus.len()),
+            });
+        }
+        self.inside.vm.restore(&state.machine)?;
+        for (vcpu, state) in self.inside.vcpus.iter().zip(&state.vcpus) {
+            lock(vcpu).restore(state)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        self.holds.clear();
+        self.shared.state().pauses -= 1;
+        self.shared.changed.notify_all();
+    }
+}
+
+impl fmt::Debug for Paused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Paused").finish_non_exhaustive()
+    }
+}
+
+fn lock(vcpu: &Mutex<Vcpu>) -> MutexGuard<'_, Vcpu> {
+    vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,250 @@
+//! A driver made of fuzzing input, for each virtio device behind virtio-mmio.
+//!
+//! Run a target from `vmdevices/` with `cargo +nightly fuzz run TARGET -- -max_total_time=60`, or
+//! without a nightly compiler with `RUSTC_BOOTSTRAP=1 cargo fuzz run TARGET`. `tests/any_driver.rs`
+//! runs the same drivers on a few fixed inputs.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex};
+
+use vmcore::{BusDevice, GuestAddress, GuestMemory, IrqLine, MemoryRegion};
+use vmdevices::block::BlockBackend;
+use vmdevices::buffers::Buffers;
+use vmdevices::net::{HEADER, MOST_PACKET, NetBackend};
+use vmdevices::virtio::{Interrupt, Threading, VirtioDevice, VirtioMmio};
+use vmdevices::{Disk, Net, Rng, VirtioConsole, console};
+
+/// Guest memory: 64 KiB in two regions that touch, and behind it a page that the guest cannot write.
+const HALF: u64 = 0x8000;
+const ROM: u64 = 2 * HALF;
+
+/// Queue `n` has the page behind this plus `n` pages: its table, and its rings at these offsets.
+/// The rest of the page is for indirect tables; headers and data lie wherever the input says.
+const QUEUES: u64 = 0x1000;
+const PAGE: u64 = 0x1000;
+const AVAILABLE: u64 = 0x100;
+const USED: u64 = 0x200;
+/// Entries of a queue.
+const SIZE: u16 = 8;
+/// Bytes of the input that are laid over each queue's page before the driver is ready.
+pub const LAYOUT: usize = 0x400;
+/// Bytes of the input before the layout: a mask of the features to leave out.
+pub const MASK: usize = 4;
+/// Bytes of each step of the script behind the layout.
+pub const STEP: usize = 8;
+
+/// What a driver has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
+    /// The device status before the last reset.
+    pub status: u32,
+    /// The index of queue 0's used ring.
+    pub used: u16,
+}
+
+/// Drives a disk of 16 KiB.
+pub fn block(input: &[u8]) -> End {
+    drive(Disk::new(Arc::new(Memory(Mutex::new(vec![0x5a; DISK])))), input)
+}
+
+/// Drives a network card, whose network sends packets back, and a large one now and then.
+pub fn net(input: &[u8]) -> End {
+    drive(Net::new(Echo::default()).expect("random numbers"), input)
+}
+
+/// Drives an entropy source.
+pub fn rng(input: &[u8]) -> End {
+    drive(Rng::new(), input)
+}
+
+/// Drives a console on which somebody has typed more than one buffer takes.
+pub fn console(input: &[u8]) -> End {
+    let (terminal, script) = console::memory().expect("an event");
+    script.send("typed before ".repeat(100)).expect("the device is there");
+    drive(VirtioConsole::new(terminal), input)
+}
+
+/// Accepts the offered features but those that `input` masks, sets up the queues, lays `input` over
+/// them, and then does what it says: registers read and written, memory changed, queues notified.
+fn drive(device: impl VirtioDevice + 'static, input: &[u8]) -> End {
+    let memory = memory();
+    let queues = device.queue_sizes().len();
+    let features = device.features();
+    let interrupt = Interrupt::Line(IrqLine::detached());
+    let device = VirtioMmio::new("fuzz", device, memory.clone(), interrupt, Threading::Vcpu);
+    let mut device = device.expect("events");
+    let (mask, input) = input.split_first_chunk::<MASK>().unwrap_or((&[0; MASK], &[]));
+    negotiate(&mut device, features & !u64::from(u32::from_le_bytes(*mask)), queues);
+    let (layout, script) = input.split_at(input.len().min(LAYOUT * queues));
+    for (page, part) in (QUEUES..).step_by(0x1000).zip(layout.chunks(LAYOUT)) {
+        memory.write(GuestAddress(page), part).expect("memory");
+    }
+    write(&mut device, 0x70, 15);
+
+    for step in script.chunks_exact(STEP) {
+        let Ok([what, a, b, c, value @ ..]) = <[u8; STEP]>::try_from(step) else { continue };
+        let at = u64::from(u16::from_le_bytes([a, b]));
+        match what % 8 {
+            0 => write(&mut device, 0x50, u32::from_le_bytes(value)),
+            1 => write(&mut device, 0x50, a.into()),
+            2 => drop(memory.write(GuestAddress(QUEUES + at % 0x3000), &value)),
+            3 => offer(&memory, &mut device, usize::from(a) % queues.max(1), u16::from(b) % (SIZE + 1)),
+            4 => device.write(at % 0x140, &value[..1 << (c % 3)]),
+            5 => device.read(at % 0x140, &mut [0; 8][..1 << (c % 4)]),
+            6 => device.poll(),
+            _ => {
+                // A snapshot goes on as it was, or is refused.
+                let state = device.save().expect("nothing is in flight");
+                device.restore(&state).ok();
+            }
+        }
+    }
+
+    let end = End { status: read(&mut device, 0x70), used: used(&memory) };
+    if end.status & 64 != 0 {
+        // A device that needs a reset touches nothing.
+        (0..queues).for_each(|queue| offer(&memory, &mut device, queue, 0));
+        device.poll();
+        assert_eq!(used(&memory), end.used, "it goes on");
+    }
+    write(&mut device, 0x70, 0);
+    assert_eq!(read(&mut device, 0x70), 0, "it is not reset");
+    let mut rom = [0; PAGE as usize];
+    memory.read(GuestAddress(ROM), &mut rom).expect("memory");
+    assert!(rom.iter().all(|&byte| byte == 0), "read-only memory was written");
+    end
+}
+
+fn memory() -> GuestMemory {
+    let memory = GuestMemory::new();
+    for base in [0, HALF] {
+        let region = MemoryRegion::anonymous(GuestAddress(base), HALF).expect("memory");
+        memory.insert(Arc::new(region)).expect("no overlap");
+    }
+    let rom = MemoryRegion::builder(GuestAddress(ROM), PAGE).read_only().build().expect("memory");
+    memory.insert(Arc::new(rom)).expect("no overlap");
+    memory
+}
+
+/// Brings the device to where its queues are set up and the driver is not ready yet.
+fn negotiate(device: &mut VirtioMmio, features: u64, queues: usize) {
+    let [a, b, c, d, ..] = features.to_le_bytes();
+    for (register, value) in [
+        (0x70, 1),
+        (0x70, 3),
+        // INDIRECT_DESC and EVENT_IDX, where they are not masked.
+        (0x20, u32::from_le_bytes([a, b, c, d]) | 3 << 28),
+        (0x24, 1),
+        // VERSION_1 and RING_RESET.
+        (0x20, 1 | 1 << 8),
+        (0x70, 11),
+    ] {
+        write(device, register, value);
+    }
+    for (queue, page) in (0..queues as u32).zip((QUEUES as u32..).step_by(PAGE as usize)) {
+        for (register, value) in [
+            (0x30, queue),
+            (0x38, SIZE.into()),
+            (0x80, page),
+            (0x90, page + AVAILABLE as u32),
+            (0xa0, page + USED as u32),
+            (0x44, 1),
+        ] {
+            write(device, register, value);
+        }
+    }
+}
+
+fn write(device: &mut VirtioMmio, register: u64, value: u32) {
+    device.write(register, &value.to_le_bytes());
+}
+
+fn read(device: &mut VirtioMmio, register: u64) -> u32 {
+    let mut value = [0; 4];
+    device.read(register, &mut value);
+    u32::from_le_bytes(value)
+}
+
+fn used(memory: &GuestMemory) -> u16 {
+    memory.load(GuestAddress(QUEUES + USED + 2)).expect("memory")
+}
+
+/// Makes the chain at `head` available on `queue` and notifies.
+fn offer(memory: &GuestMemory, device: &mut VirtioMmio, queue: usize, head: u16) {
+    let ring = QUEUES + queue as u64 * PAGE + AVAILABLE;
+    let index: u16 = memory.load(GuestAddress(ring + 2)).expect("memory");
+    memory.store(GuestAddress(ring + 4 + 2 * u64::from(index % SIZE)), &head).expect("memory");
+    memory.store(GuestAddress(ring + 2), &index.wrapping_add(1)).expect("memory");
+    write(device, 0x50, queue as u32);
+}
+
+const DISK: usize = 16384;
+
+/// A disk in memory: panics where a range is not within it.
+struct Memory(Mutex<Vec<u8>>);
+
+impl Memory {
+    fn with(&self, offset: u64, len: u64, act: impl FnOnce(&mut [u8])) -> io::Result<()> {
+        let mut bytes = self.0.lock().expect("no panic before");
+        act(&mut bytes[offset as usize..][..len as usize]);
+        Ok(())
+    }
+}
+
+impl BlockBackend for Memory {
+    fn len(&self) -> u64 {
+        DISK as u64
+    }
+    fn read_only(&self) -> bool {
+        false
+    }
+    fn read_at(&self, into: &mut Buffers<'_>, offset: u64) -> io::Result<()> {
+        let len = into.len();
+        self.with(offset, len as u64, |bytes| assert_eq!(into.write(bytes), len))
+    }
+    fn write_at(&self, from: &mut Buffers<'_>, offset: u64) -> io::Result<()> {
+        let len = from.len();
+        self.with(offset, len as u64, |bytes| assert_eq!(from.read(bytes), len))
+    }
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.with(offset, len, |bytes| bytes.fill(0xdd))
+    }
+    fn write_zeroes(&self, offset: u64, len: u64, _: bool) -> io::Result<()> {
+        self.with(offset, len, |bytes| bytes.fill(0))
+    }
+}
+
+#[derive(Default)]
+struct Echo(VecDeque<Vec<u8>>);
+
+impl NetBackend for Echo {
+    fn features(&self) -> u64 {
+        0x7f83
+    }
+    fn source(&self) -> Option<Arc<dyn AsRawFd + Send + Sync>> {
+        Some(Arc::new(io::stdin()))
+    }
+    fn send(&mut self, packet: &mut Buffers<'_>) -> io::Result<()> {
+        assert!((HEADER..=MOST_PACKET).contains(&packet.len()));
+        let mut bytes = vec![0; packet.len()];
+        packet.read(&mut bytes);
+        if bytes.last().is_some_and(|last| last & 1 == 1) {
+            bytes.resize(MOST_PACKET, 0);
+        }
+        if self.0.len() < 16 {
+            self.0.push_back(bytes);
+        }
+        Ok(())
+    }
+    fn receive(&mut self, into: &mut Buffers<'_>, spill: &mut [u8]) -> io::Result<usize> {
+        let packet = self.0.pop_front().ok_or(io::ErrorKind::WouldBlock)?;
+        let room = into.write(&packet);
+        spill[..packet.len() - room].copy_from_slice(&packet[room..]);
+        Ok(packet.len())
+    }
+}

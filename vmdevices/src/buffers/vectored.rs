@@ -1,0 +1,220 @@
+//! Vectored system calls straight into and out of guest memory.
+#![expect(unsafe_code, reason = "readv, writev and getrandom on pieces of guest memory")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use vm_memory::bitmap::Bitmap;
+
+use super::Buffers;
+
+/// Most pieces one system call takes (`IOV_MAX` in limits.h of Linux).
+const MOST_PIECES: usize = 1024;
+
+/// Up to this many pieces need no allocation.
+const FEW_PIECES: usize = 32;
+
+const EMPTY: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+
+impl Buffers<'_> {
+    /// Reads from `fd` at `offset` bytes (`preadv`, one call) and consumes what was filled.
+    ///
+    /// # Errors
+    /// What the operating system says; 0 means the end of the file.
+    pub fn fill_from_at(&mut self, fd: impl AsFd, offset: u64) -> io::Result<usize> {
+        let (fd, offset) = (fd.as_fd(), file_offset(offset)?);
+        // SAFETY: the vectors describe memory that stays mapped for the call (see `vectors`), and
+        // the kernel writes only there.
+        let fill =
+            |iov: &[libc::iovec]| unsafe { libc::preadv(fd.as_raw_fd(), iov.as_ptr(), count(iov), offset) };
+        self.fill(&[], fill)
+    }
+
+    /// Writes to `fd` at `offset` bytes (`pwritev`, one call) and consumes what was written.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn drain_to_at(&mut self, fd: impl AsFd, offset: u64) -> io::Result<usize> {
+        let (fd, offset) = (fd.as_fd(), file_offset(offset)?);
+        // SAFETY: the vectors describe memory that stays mapped for the call (see `vectors`), and
+        // the kernel only reads it.
+        let drain =
+            |iov: &[libc::iovec]| unsafe { libc::pwritev(fd.as_raw_fd(), iov.as_ptr(), count(iov), offset) };
+        self.drain(drain)
+    }
+
+    /// Reads from `fd` (`readv`, one call) and consumes what was filled. What does not fit goes on
+    /// in `spill`: a result beyond [`Buffers::len`] as it was says so. Returns the bytes read.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn fill_from(&mut self, fd: impl AsFd, spill: &mut [u8]) -> io::Result<usize> {
+        let fd = fd.as_fd();
+        let spill = [libc::iovec { iov_base: spill.as_mut_ptr().cast(), iov_len: spill.len() }];
+        // SAFETY: the vectors describe memory that stays mapped for the call (see `vectors`) and
+        // `spill`, which is borrowed exclusively; the kernel writes only there.
+        let fill = |iov: &[libc::iovec]| unsafe { libc::readv(fd.as_raw_fd(), iov.as_ptr(), count(iov)) };
+        self.fill(&spill, fill)
+    }
+
+    /// Writes to `fd` (`writev`, one call) and consumes what was written. Returns how many bytes.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn drain_to(&mut self, fd: impl AsFd) -> io::Result<usize> {
+        let fd = fd.as_fd();
+        // SAFETY: the vectors describe memory that stays mapped for the call (see `vectors`), and
+        // the kernel only reads it.
+        let drain = |iov: &[libc::iovec]| unsafe { libc::writev(fd.as_raw_fd(), iov.as_ptr(), count(iov)) };
+        self.drain(drain)
+    }
+
+    /// Fills the first piece with random bytes of the host (`getrandom`, one call) and consumes
+    /// what was filled.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn fill_random(&mut self) -> io::Result<usize> {
+        let fill = |iov: &[libc::iovec]| {
+            let first = iov.first().unwrap_or(&EMPTY);
+            // SAFETY: the vector describes memory that stays mapped for the call (see `vectors`),
+            // and the kernel writes only there.
+            unsafe { libc::getrandom(first.iov_base, first.iov_len, 0) }
+        };
+        self.fill(&[], fill)
+    }
+
+    fn fill(&mut self, tail: &[libc::iovec], call: impl Fn(&[libc::iovec]) -> isize) -> io::Result<usize> {
+        let done = self.vectors(tail, |iov| retry(|| call(iov)))?;
+        let mut rest = done;
+        for slice in self.slices() {
+            let here = rest.min(slice.len());
+            slice.bitmap().mark_dirty(0, here);
+            rest -= here;
+            if rest == 0 {
+                break;
+            }
+        }
+        self.advance(done);
+        Ok(done)
+    }
+
+    fn drain(&mut self, call: impl Fn(&[libc::iovec]) -> isize) -> io::Result<usize> {
+        let done = self.vectors(&[], |iov| retry(|| call(iov)))?;
+        self.advance(done);
+        Ok(done)
+    }
+
+    /// Calls `call` with the vectors of the pieces that are left (at most `IOV_MAX`), then `tail`.
+    ///
+    /// The memory is valid for the call: a `VolatileSlice<'m>` refers to mapped memory for `'m`,
+    /// and `self` lives through the call. No Rust reference to it exists, so that the guest and the
+    /// kernel may change it at any time.
+    fn vectors<R>(&self, tail: &[libc::iovec], call: impl FnOnce(&[libc::iovec]) -> R) -> R {
+        let pieces = self.slices().iter().map(|slice| libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        });
+        let all = pieces.take(MOST_PIECES - tail.len()).chain(tail.iter().copied());
+        if self.slices().len() + tail.len() <= FEW_PIECES {
+            let mut few = [EMPTY; FEW_PIECES];
+            let count = few.iter_mut().zip(all).map(|(slot, iov)| *slot = iov).count();
+            call(&few[..count])
+        } else {
+            call(&all.collect::<Vec<_>>())
+        }
+    }
+}
+
+fn retry(call: impl Fn() -> isize) -> io::Result<usize> {
+    loop {
+        match usize::try_from(call()) {
+            Ok(done) => return Ok(done),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+fn file_offset(offset: u64) -> io::Result<libc::off_t> {
+    libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+fn count(iov: &[libc::iovec]) -> libc::c_int {
+    // At most MOST_PIECES.
+    libc::c_int::try_from(iov.len()).unwrap_or(libc::c_int::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{buffers, memory};
+    use std::io::{Read, Seek, SeekFrom, Write};
+    use vmcore::GuestAddress;
+
+    #[test]
+    fn files_are_read_and_written_in_place() {
+        let memory = memory();
+        let map = memory.snapshot();
+        let mut file = tempfile::tempfile().unwrap();
+        let text = (0..=255).cycle().take(5000).collect::<Vec<u8>>();
+        file.write_all(&text).unwrap();
+
+        let ranges = [(0x7ff0, 0x20), (0x100, 1000)];
+        let mut into = buffers(&map, &ranges);
+        assert_eq!(into.fill_from_at(&file, 8).unwrap(), 1032);
+        assert!(into.is_empty());
+        let mut edge = [0; 0x20];
+        memory.read(GuestAddress(0x7ff0), &mut edge).unwrap();
+        assert_eq!(edge, text[8..40]);
+
+        assert_eq!(buffers(&map, &ranges).drain_to_at(&file, 6000).unwrap(), 1032);
+        let mut back = Vec::new();
+        file.seek(SeekFrom::Start(6000)).unwrap();
+        file.read_to_end(&mut back).unwrap();
+        assert_eq!(back, text[8..1040]);
+        // The end of the file, and an offset no file has.
+        assert_eq!(buffers(&map, &ranges).fill_from_at(&file, 1 << 40).unwrap(), 0);
+        assert!(buffers(&map, &ranges).fill_from_at(&file, u64::MAX).is_err());
+    }
+
+    #[test]
+    fn many_pieces_and_the_spill_are_filled_in_order() {
+        let memory = memory();
+        let map = memory.snapshot();
+        let (mut a, b) = std::os::unix::net::UnixStream::pair().unwrap();
+        a.write_all(&(0..120).collect::<Vec<u8>>()).unwrap();
+        let ranges = (0..100).map(|n| (n * 7, 1)).collect::<Vec<_>>();
+        let mut spill = [0; 30];
+        let mut into = buffers(&map, &ranges);
+        assert_eq!(into.fill_from(&b, &mut spill).unwrap(), 120);
+        assert_eq!(spill[..20], (100..120).collect::<Vec<u8>>());
+        let mut last = [0];
+        memory.read(GuestAddress(99 * 7), &mut last).unwrap();
+        assert_eq!(last, [99]);
+        assert_eq!(buffers(&map, &ranges).drain_to(&b).unwrap(), 100);
+        let mut back = [0; 100];
+        a.read_exact(&mut back).unwrap();
+        assert!(back.iter().copied().eq(0..100));
+    }
+
+    #[test]
+    fn random_bytes_mark_dirty_pages() {
+        let region = vmcore::MemoryRegion::builder(GuestAddress(0), 0x4000).track_dirty().build().unwrap();
+        let memory = vmcore::GuestMemory::new();
+        memory.insert(region.clone().into()).unwrap();
+        let map = memory.snapshot();
+        let mut into = buffers(&map, &[(0x1000, 64)]);
+        while !into.is_empty() {
+            into.fill_random().unwrap();
+        }
+        let mut bytes = [0; 64];
+        memory.read(GuestAddress(0x1000), &mut bytes).unwrap();
+        assert_ne!(bytes, [0; 64]);
+        let dirty = region.take_host_dirty().unwrap();
+        assert_eq!(dirty.dirty_offsets().collect::<Vec<_>>(), [0x1000]);
+    }
+}

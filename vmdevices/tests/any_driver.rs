@@ -1,0 +1,109 @@
+//! The fuzz targets' drivers on a few fixed inputs: they build, they reach the devices, and what
+//! fuzzing once found stays found.
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::expect_used,
+    reason = "tests, and a fuzz crate of its own workspace"
+)]
+
+#[path = "../fuzz/src/lib.rs"]
+mod fuzz;
+
+use fuzz::{End, LAYOUT, MASK, STEP};
+
+type Device = fn(&[u8]) -> End;
+
+/// How many queues each has, and what it is.
+const DEVICES: [(usize, &str, Device); 4] =
+    [(1, "block", fuzz::block), (2, "net", fuzz::net), (1, "rng", fuzz::rng), (2, "console", fuzz::console)];
+
+/// DRIVER_OK and all before it, and DEVICE_NEEDS_RESET.
+const READY: u32 = 15;
+const NEEDS_RESET: u32 = 64;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+
+/// An input without masked features and with descriptors (address, length, flags, next) in the
+/// table of its first queue.
+fn input(queues: usize, table: &[(u64, u32, u16, u16)]) -> Vec<u8> {
+    let mut input = vec![0; MASK + queues * LAYOUT];
+    for ((at, len, flags, next), place) in table.iter().zip(input[MASK..].chunks_exact_mut(16)) {
+        let fields = [&at.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()];
+        place.copy_from_slice(&fields.concat());
+    }
+    input
+}
+
+/// Makes chain 0 of queue 0 available.
+const OFFER: [u8; STEP] = [3, 0, 0, 0, 0, 0, 0, 0];
+
+#[test]
+fn well_formed_requests_are_served() {
+    // A disk's header is all zero behind the layout: a read of sector 0, with the status behind it.
+    let request = [(0x8000, 16, NEXT, 1), (0x9000, 512, NEXT | WRITE, 2), (0x9200, 1, WRITE, 0)];
+    let buffer = [(0x9000, 64, WRITE, 0)];
+    for (queues, device, table) in [
+        (1, fuzz::block as Device, &request[..]),
+        (1, fuzz::rng, &buffer),
+        // Where somebody has typed.
+        (2, fuzz::console, &buffer),
+    ] {
+        let mut input = input(queues, table);
+        input.extend(OFFER.repeat(3));
+        assert_eq!(device(&input), End { status: READY, used: 3 }, "{table:x?}");
+    }
+    // A packet goes out on queue 1, whose table lies behind that of queue 0, and comes back.
+    let mut input = input(2, &buffer);
+    let table = MASK + LAYOUT;
+    input[table..table + 16].copy_from_slice(&self::input(1, &[(0x8000, 60, 0, 0)])[MASK..MASK + 16]);
+    input.extend([OFFER, [3, 1, 0, 0, 0, 0, 0, 0], [6; STEP]].concat());
+    // Without large packets to wait for buffers for.
+    input[..2].copy_from_slice(&[0x80, 0x7f]);
+    assert_eq!(fuzz::net(&input), End { status: READY, used: 1 });
+}
+
+#[test]
+fn loops_are_found() {
+    for (queues, name, device) in DEVICES {
+        let mut input = input(queues, &[(0x8000, 16, NEXT | WRITE, 0)]);
+        input.extend([OFFER, [6; STEP]].concat());
+        assert_eq!(device(&input), End { status: READY | NEEDS_RESET, used: 0 }, "{name}");
+    }
+}
+
+/// Each restore once put the unread input in front of what the console had: twice as much each time.
+#[test]
+fn restoring_again_and_again_does_not_multiply_the_input() {
+    let mut input = input(2, &[]);
+    input.extend([7; 100 * STEP]);
+    assert_eq!(fuzz::console(&input).status, READY);
+}
+
+#[test]
+fn arbitrary_drivers_do_no_harm() {
+    // Weyl's sequence through a mixer (splitmix64): the same on every run.
+    let mut state = 0_u64;
+    let mut word = || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb)
+    };
+    for round in 0..200 {
+        let len = word() as usize % 4096;
+        let mut input = (0..len).flat_map(|_| word().to_le_bytes()).take(len).collect::<Vec<_>>();
+        if round % 2 == 0 {
+            // Tables of descriptors that lie in memory, most of them.
+            for entry in input.get_mut(MASK..).unwrap_or_default().chunks_exact_mut(16).take(8) {
+                entry[2..8].fill(0);
+                entry[10..12].fill(0);
+                entry[13] = 0;
+                entry[14] %= 9;
+                entry[15] = 0;
+            }
+        }
+        for (_, _, device) in DEVICES {
+            device(&input);
+        }
+    }
+}
