@@ -332,13 +332,6 @@ fn a_shell_answers_and_finds_the_boards_devices() {
 /// Works the network, a virtio console and the entropy source from a shell on the serial port.
 #[test]
 fn a_guest_talks_by_network_and_console_and_draws_random_numbers() {
-    if std::env::var_os("VMCORE_RIG").is_some() {
-        // Its outer kernel has died of it, or the guest of a triple fault, in most of the runs.
-        println!(
-            "skipped: the rig's nested SVM does not survive so many interrupts; the software CPU runs it"
-        );
-        return;
-    }
     let Some(guests) = guests() else { return };
     if !network::namespace() {
         return;
