@@ -143,10 +143,15 @@ impl Backend for Kvm {
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(|e| Error::os("KVM_GET_SUPPORTED_CPUID", "", e))?;
         let mut cpuid = Cpuid::from(&cpuid);
-        // Before Linux 6.8 KVM left the bit to whoever makes the LAPIC.
-        const TSC_DEADLINE: u32 = 1 << 24;
-        if let (Some(leaf), true) = (cpuid.get_mut(1, 0), self.fd.check_extension(Cap::TscDeadlineTimer)) {
-            leaf.ecx |= TSC_DEADLINE;
+        if let Some(leaf) = cpuid.get_mut(1, 0) {
+            // Before Linux 6.8 KVM left the bit to whoever makes the LAPIC.
+            const TSC_DEADLINE: u32 = 1 << 24;
+            // KVM leaves it to us; without it a guest does not look for the leaves from 0x4000_0000.
+            const HYPERVISOR: u32 = 1 << 31;
+            if self.fd.check_extension(Cap::TscDeadlineTimer) {
+                leaf.ecx |= TSC_DEADLINE;
+            }
+            leaf.ecx |= HYPERVISOR;
         }
         Ok(known.insert(cpuid).clone())
     }

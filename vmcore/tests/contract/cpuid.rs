@@ -21,6 +21,8 @@ fn the_guest_sees_its_model(backend: &dyn Backend) {
     let supported = backend.supported_cpuid().unwrap();
     for model in [CpuModel::V1, CpuModel::Best, CpuModel::Host] {
         let expected = config(model).cpuid(&supported, 0).unwrap();
+        // Else no guest looks for its clock.
+        assert!(expected.get(1, 0).unwrap().ecx & 1 << 31 != 0, "no hypervisor bit in {model}");
         let code = assemble(Mode::Protected, |a| {
             a.mov(edi, 0x7000).unwrap();
             for (leaf, subleaf) in LEAVES {
