@@ -12,8 +12,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use vmcore::boot::{Linux, LinuxEntry};
+use vmcore::cpuid::CpuModel;
 use vmcore::host::{self, Status};
-use vmcore::{Accel, Outcome, ResetCause, Vm};
+use vmcore::{Accel, GuestAddress, Outcome, ResetCause, Vm};
 use vmdevices::console::Script;
 use vmdevices::net::Tap;
 use vmdevices::{Disk, Net, Pc, Rng, VirtioConsole, console};
@@ -416,4 +417,51 @@ fn a_guest_talks_by_network_and_console_and_draws_random_numbers() {
         "{outcome:?}\n{}",
         transcripts.map(|script| script.transcript()).join("\non hvc0:\n")
     );
+}
+
+/// Stops the guest of `vm` after `after`, and gives its state and memory.
+fn stopped_after(vm: &mut Vm, after: Duration) -> (vmcore::VmState, Vec<u8>) {
+    assert_eq!(vm.run_for(after).unwrap(), Outcome::TimeLimit);
+    let state = vm.handle().pause().unwrap().save().unwrap();
+    let mut memory = vec![0; usize::try_from(MOVED_MIB << 20).unwrap()];
+    vm.memory().read(GuestAddress(0), &mut memory).unwrap();
+    (state, memory)
+}
+
+const MOVED_MIB: u64 = 192;
+
+/// A kernel is taken from one backend to the other and back while it boots, and ends as if nothing had
+/// been. It has no console: devices' states are not part of a `VmState`.
+#[test]
+fn a_booting_kernel_moves_between_backends() {
+    let Some(guests) = guests() else { return };
+    let kvm = host::check().backends.iter().any(|b| b.name == "kvm" && b.status == Status::Usable);
+    if !kvm {
+        println!("skipped: this host's KVM runs no kernels");
+        return;
+    }
+    let make = |accel| {
+        let linux = Linux::new(guests.join("cloud/vmlinuz"))
+            .initrd(guests.join("cloud/initrd.img"))
+            .cmdline("panic=-1 vmtest=poweroff");
+        Vm::builder()
+            .accel(accel)
+            .cpus(2)
+            .cpu_model(CpuModel::V2)
+            .memory(MOVED_MIB << 20)
+            .boot(linux)
+            .attach(Pc::new())
+            .build()
+            .unwrap()
+    };
+    for delay in [700, 1300] {
+        let mut vm = make(Accel::Kvm);
+        for accel in [Accel::Soft, Accel::Kvm, Accel::Soft, Accel::Kvm] {
+            let (state, memory) = stopped_after(&mut vm, Duration::from_millis(delay));
+            vm = make(accel);
+            vm.memory().write(GuestAddress(0), &memory).unwrap();
+            vm.handle().pause().unwrap().restore(&state).unwrap();
+        }
+        assert_eq!(vm.run_for(LIMIT).unwrap(), Outcome::PowerOff, "moved every {delay} ms");
+    }
 }

@@ -11,7 +11,7 @@ use kvm_ioctls::VcpuFd;
 use super::sys;
 use super::vcpu::KvmVcpu;
 use crate::error::{Error, Result};
-use crate::state::{LapicState, Msr, RunState, VcpuState};
+use crate::state::{LapicState, Msr, RunState, VcpuState, describes_processor};
 
 /// IA32_TIME_STAMP_COUNTER.
 const MSR_TSC: u32 = 0x10;
@@ -242,6 +242,10 @@ impl KvmVcpu {
         let here = read_msrs(&self.fd, &[index]).map_err(|e| self.error("KVM_GET_MSRS", e))?;
         let here = here.first().map(|m| m.value);
         if here == Some(saved) || here.is_none() && saved == 0 {
+            return Ok(());
+        }
+        if describes_processor(index) {
+            log::debug!("KVM: MSR {index:#x} stays {here:x?}, and does not become {saved:#x}");
             return Ok(());
         }
         Err(Error::State {

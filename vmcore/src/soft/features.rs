@@ -52,8 +52,9 @@ pub(in crate::soft) fn supported() -> Cpuid {
         leaf(0x15, None, [1, 1, khz * 1000, 0]),
         leaf(0x16, None, [khz / 1000, khz / 1000, 100, 0]),
         leaf(0x4000_0000, None, [0x4000_0010, k0, k1, k2]),
-        // KVM_FEATURE_CLOCKSOURCE2, NOP_IO_DELAY, POLL_CONTROL, CLOCKSOURCE_STABLE.
-        leaf(0x4000_0001, None, [bits(&[1, 3, 12, 24]), 0, 0, 0]),
+        // KVM_FEATURE_CLOCKSOURCE, NOP_IO_DELAY, CLOCKSOURCE2, PV_EOI, PV_UNHALT, PV_SEND_IPI, POLL_CONTROL,
+        // PV_SCHED_YIELD, CLOCKSOURCE_STABLE.
+        leaf(0x4000_0001, None, [bits(&[0, 1, 3, 6, 7, 11, 12, 13, 24]), 0, 0, 0]),
         leaf(0x4000_0010, None, [khz, khz, 0, 0]),
         leaf(0x8000_0000, None, [0x8000_0008, 0, 0, 0]),
         // LAHF, LZCNT is not there; PREFETCHW. SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.

@@ -33,6 +33,8 @@ pub(in crate::soft) struct SoftVcpu {
     pub(in crate::soft) nmi_pending: bool,
     /// An interrupt that a restored state had accepted and not delivered.
     pub(in crate::soft) accepted: Option<u8>,
+    /// Another vCPU has ended this one's next HLT.
+    pub(in crate::soft) unhalted: bool,
     /// Where the last run stopped at one of the embedder's breakpoints, to go on past it.
     stopped_at: Option<u64>,
     /// Blocks until the clock is looked at.
@@ -53,6 +55,7 @@ impl SoftVcpu {
             debug: DebugConfig::default(),
             nmi_pending: false,
             accepted: None,
+            unhalted: false,
             stopped_at: None,
             blocks: BLOCKS_PER_LOOK,
         }
@@ -64,6 +67,9 @@ impl SoftVcpu {
         self.cpu.serve_memory();
         // Restoring another vCPU may have moved the TSC on.
         self.cpu.tell_tsc();
+        if self.cpu.msrs.steal_time_is_new {
+            self.cpu.write_steal_time();
+        }
         let result = self.run_guest();
         self.cpu.link.set_in_guest(false);
         result
@@ -220,6 +226,10 @@ impl SoftVcpu {
             self.cpu.serve_memory();
             self.look_at_timers();
             self.take_signals();
+            self.unhalted |= self.cpu.link.take(attention::UNHALT) != 0;
+            if self.run_state == RunState::Halted && std::mem::take(&mut self.unhalted) {
+                self.run_state = RunState::Running;
+            }
             let stop = self.deliver_events();
             match stop {
                 Ok(()) => {}
