@@ -119,6 +119,9 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
         .acpi(!args.no_acpi)
         .boot(boot(args, kernel)?)
         .attach(pc);
+    if let Some(khz) = args.tsc_khz {
+        builder = builder.tsc_khz(khz);
+    }
     for disk in &args.disks {
         let image = if disk.read_only { Disk::open_read_only(&disk.path) } else { Disk::open(&disk.path) };
         builder = builder.attach(image?);

@@ -1,5 +1,6 @@
 //! A vCPU's state as plain data, and back.
 
+use super::clock::TSC_KHZ_RANGE;
 use super::cpu::op::RIP;
 use super::cpu::{CS, Cpu, DS, ES, FS, GS, SS, cr0, efer};
 use super::link::attention;
@@ -200,9 +201,8 @@ impl SoftVcpu {
                 format!("{} bytes", state.xsave.len()),
             );
         }
-        const TSC_KHZ: std::ops::RangeInclusive<u32> = 1_000..=100_000_000;
-        if let Some(khz) = state.tsc_khz.filter(|khz| !TSC_KHZ.contains(khz)) {
-            return mismatch("the TSC's frequency", format!("{TSC_KHZ:?} kHz"), format!("{khz} kHz"));
+        if let Some(khz) = state.tsc_khz.filter(|khz| !TSC_KHZ_RANGE.contains(khz)) {
+            return mismatch("the TSC's frequency", format!("{TSC_KHZ_RANGE:?} kHz"), format!("{khz} kHz"));
         }
         if let Some(msr) = state.msrs.iter().find(|msr| !cpu.takes_msr(msr)) {
             return mismatch(
@@ -210,6 +210,9 @@ impl SoftVcpu {
                 format!("no MSR {:#x}, which the software CPU does not have", msr.index),
                 format!("{:#x}", msr.value),
             );
+        }
+        if state.cpuid != cpu.cpuid {
+            state.cpuid.check_offered_by(&super::features::supported())?;
         }
         cpu.cpuid = state.cpuid.clone();
         // Neither what was posted nor what was asked for of the old state counts any more.

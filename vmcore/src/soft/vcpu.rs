@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::block::Found;
 use super::chip::{Lapic, Signals};
+use super::clock::TSC_KHZ_RANGE;
 use super::cpu::flags::{IF, TF};
 use super::cpu::op::Stop;
 use super::cpu::{Cpu, Fault, Leave, Shadow, vector};
@@ -424,6 +425,19 @@ impl BackendVcpu for SoftVcpu {
 
     fn tsc_khz(&self) -> Option<u32> {
         Some(self.cpu.msrs.tsc_khz)
+    }
+
+    fn set_tsc_khz(&mut self, khz: u32) -> Result<()> {
+        if !TSC_KHZ_RANGE.contains(&khz) {
+            return Err(Error::Unsupported {
+                what: format!("a TSC of {khz} kHz"),
+                backend: super::NAME,
+                fix: format!("choose one of {TSC_KHZ_RANGE:?} kHz"),
+            });
+        }
+        self.cpu.msrs.tsc_khz = khz;
+        self.cpu.tell_tsc();
+        Ok(())
     }
 
     fn set_debug(&mut self, config: &DebugConfig) -> Result<()> {
