@@ -81,7 +81,10 @@ impl SoftVcpu {
             if let Some(exit) = self.between_blocks()? {
                 return Ok(exit);
             }
-            let stepping = self.debug.single_step || self.cpu.flag(TF) || self.debug.hardware.is_some();
+            // What waits for the end of a shadow comes after one instruction, and not after a block.
+            let shadowed = self.cpu.held && self.cpu.shadow != Shadow::default();
+            let stepping =
+                self.debug.single_step || self.cpu.flag(TF) || self.debug.hardware.is_some() || shadowed;
             let stop = if stepping { self.step() } else { self.execute() };
             if let Some(exit) = self.after(stop)? {
                 return Ok(exit);
@@ -357,11 +360,11 @@ impl Cpu {
 
     #[cold]
     fn end_shadow_slow(&mut self) {
-        if !std::mem::take(&mut self.shadow_next) && self.shadow != Shadow::default() {
+        if !std::mem::take(&mut self.shadow_next) {
             self.shadow = Shadow::default();
-            if self.held {
-                self.link.demand_own(attention::EVENT);
-            }
+        }
+        if self.held {
+            self.link.demand_own(attention::EVENT);
         }
     }
 }

@@ -10,6 +10,7 @@ mod code;
 mod cpuid;
 mod debug;
 mod guest;
+mod hypercall;
 mod io;
 mod irq;
 mod kick;
