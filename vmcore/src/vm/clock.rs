@@ -42,8 +42,8 @@ impl Clock {
 }
 
 /// Random numbers for a machine's devices: the host's, or those of a deterministic VM, which follow from
-/// its seed. Clones draw from the same source.
-#[derive(Clone, Debug)]
+/// its seed. Clones draw from the same source; the default is the host's.
+#[derive(Clone, Debug, Default)]
 pub struct Entropy(Option<Arc<World>>);
 
 impl Entropy {
