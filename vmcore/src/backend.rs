@@ -17,7 +17,8 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::cpuid::Cpuid;
-use crate::error::Result;
+use crate::deterministic::{Deterministic, World};
+use crate::error::{Error, Result};
 use crate::irq::{IrqSink, Msi};
 use crate::memory::{DirtyBitmap, GuestAddress, MemoryRegion};
 use crate::state::{MachineState, Regs, RunState, Sregs, VcpuState};
@@ -65,6 +66,28 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// # Errors
     /// Where the host refuses: out of descriptors, memory, or rights.
     fn create_vm(&self, config: &BackendConfig) -> Result<Arc<dyn BackendVm>>;
+
+    /// As [`Backend::create_vm`], a VM that does the same in every run: see [`crate::deterministic`].
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where guest code runs on a processor that nobody can count the instructions
+    /// of.
+    fn create_deterministic_vm(
+        &self,
+        config: &BackendConfig,
+        deterministic: Deterministic,
+    ) -> Result<Arc<dyn BackendVm>> {
+        let _ = (config, deterministic);
+        Err(not_deterministic(self.name()))
+    }
+}
+
+fn not_deterministic(backend: &'static str) -> Error {
+    Error::Unsupported {
+        what: "the deterministic mode".into(),
+        backend,
+        fix: "use the software CPU: Accel::Soft".into(),
+    }
 }
 
 /// What a backend must know before it makes a VM.
@@ -195,6 +218,12 @@ pub trait BackendVm: IrqSink + fmt::Debug {
         Vec::new()
     }
 
+    /// Time and random numbers, of a VM from [`Backend::create_deterministic_vm`]. Its vCPUs are run by
+    /// [`BackendVcpu::run_instructions`], one at a time.
+    fn world(&self) -> Option<&Arc<World>> {
+        None
+    }
+
     /// The state of everything but vCPUs and memory. vCPUs must not be running.
     ///
     /// # Errors
@@ -230,6 +259,10 @@ pub enum VcpuExit {
     Halted,
     /// [`VcpuHandle::kick`] was called.
     Kicked,
+    /// [`BackendVcpu::run_instructions`] has executed as many as it was to.
+    InstructionLimit,
+    /// [`BackendVcpu::run_instructions`]: halted, or not started, and nothing is there to wake it.
+    Waiting,
     /// A triple fault: the vCPU entered shutdown state (SDM vol. 3A, 6.15, "Interrupt 8").
     TripleFault,
     /// A breakpoint, watchpoint or single step that [`BackendVcpu::set_debug`] asked for.
@@ -326,6 +359,28 @@ pub trait BackendVcpu: Send {
     /// instruction, [`Error::EntryFailed`](crate::Error::EntryFailed) for invalid state. The vCPU
     /// can still be looked at.
     fn run(&mut self, io: &mut dyn VcpuIo) -> Result<VcpuExit>;
+
+    /// As [`BackendVcpu::run`], on a VM from [`Backend::create_deterministic_vm`] and for at most `count`
+    /// instructions: then it ends with [`VcpuExit::InstructionLimit`], before the next. Where the vCPU has
+    /// nothing to execute it ends with [`VcpuExit::Waiting`] instead of waiting. Of the vCPUs of a VM one
+    /// may run at a time.
+    ///
+    /// # Errors
+    /// As [`BackendVcpu::run`], and [`Error::Unsupported`] where the VM was not made for it.
+    fn run_instructions(&mut self, count: u64, io: &mut dyn VcpuIo) -> Result<VcpuExit> {
+        let _ = (count, io);
+        Err(Error::Unsupported {
+            what: "counting instructions on this VM".into(),
+            backend: "this",
+            fix: "make the VM with Backend::create_deterministic_vm, on the software CPU".into(),
+        })
+    }
+
+    /// When a timer of this vCPU (with vCPU 0's, those of the machine) wants attention next, in ns of the
+    /// machine's clock; of a deterministic VM.
+    fn timer_deadline(&self) -> Option<u64> {
+        None
+    }
 
     /// A handle that stops [`BackendVcpu::run`] from any thread.
     fn handle(&self) -> VcpuHandle;

@@ -77,6 +77,7 @@ pub mod backend;
 pub mod boot;
 mod bus;
 pub mod cpuid;
+pub mod deterministic;
 mod error;
 pub mod host;
 mod irq;
@@ -90,14 +91,15 @@ mod vm;
 
 pub use backend::{VcpuExit, VcpuHandle};
 pub use bus::{Bus, BusDevice, BusReader, SharedDevice};
+pub use deterministic::{Deterministic, StateHash};
 pub use error::{EmulationFailure, Error, Result};
 pub use host::Accel;
 pub use irq::{IrqLine, IrqSink, Msi};
 pub use memory::{GuestAddress, GuestMemory, MemoryRegion};
 pub use vcpu::{Io, Vcpu};
 pub use vm::{
-    Attach, Control, EventSet, IoThread, Machine, Outcome, Paused, ResetCause, Vm, VmBuilder, VmHandle,
-    VmState, VmStats, Watch,
+    Attach, Clock, Control, Entropy, EventSet, IoThread, Machine, Outcome, Paused, ResetCause, Timer, Vm,
+    VmBuilder, VmHandle, VmState, VmStats, Watch,
 };
 
 const _: () = {

@@ -134,6 +134,20 @@ impl Vcpu {
         self.inner.run(&mut Closure(io))
     }
 
+    /// As [`Vcpu::run`] on a deterministic VM, for at most `count` instructions: see
+    /// [`BackendVcpu::run_instructions`].
+    ///
+    /// # Errors
+    /// As [`BackendVcpu::run_instructions`].
+    pub fn run_instructions(&mut self, count: u64) -> Result<VcpuExit> {
+        self.inner.run_instructions(count, &mut self.buses)
+    }
+
+    /// When a timer of this vCPU wants attention next, in ns of the machine's time.
+    pub(crate) fn timer_deadline(&self) -> Option<u64> {
+        self.inner.timer_deadline()
+    }
+
     /// A handle that stops the run from any thread.
     pub fn handle(&self) -> VcpuHandle {
         self.inner.handle()

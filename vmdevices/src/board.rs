@@ -71,7 +71,8 @@ impl Attach for Pc {
     fn attach(mut self: Box<Self>, machine: &mut Machine) -> Result<()> {
         // One thread for all that never blocks: the clock's timer, consoles with input.
         let needed = machine.has_irqchip() || self.serial.iter_mut().any(Serial::needs_thread);
-        let thread = if needed { Some(machine.io_thread("pc")?) } else { None };
+        let thread =
+            if needed && !machine.is_deterministic() { Some(machine.io_thread("pc")?) } else { None };
         Box::new(I8042).attach(machine)?;
         Box::new(self.power).attach(machine)?;
         Cmos::new().attach_with(machine, thread.as_ref())?;

@@ -71,6 +71,13 @@ impl Linux {
         self
     }
 
+    /// Replaces the host's random numbers by `seed`; what else was asked for stays.
+    pub(super) fn fix_seed(&mut self, seed: [u8; 32]) {
+        if self.rng_seed == RngSeed::Random {
+            self.rng_seed = RngSeed::Fixed(seed);
+        }
+    }
+
     /// What the kernel seeds its random numbers with; [`RngSeed::Random`] unless said. The PVH entry
     /// has no place for it.
     pub fn rng_seed(mut self, seed: RngSeed) -> Self {

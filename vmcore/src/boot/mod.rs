@@ -68,6 +68,15 @@ macro_rules! boot_from {
 
 boot_from!(Linux, Pvh, Multiboot, Elf, Raw);
 
+impl Boot {
+    /// Has a guest that would be given random numbers of the host be given `seed` instead.
+    pub(crate) fn fix_seed(&mut self, seed: [u8; 32]) {
+        if let Boot::Linux(linux) = self {
+            linux.fix_seed(seed);
+        }
+    }
+}
+
 /// What [`load`] put into guest memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Loaded {

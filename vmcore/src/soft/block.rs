@@ -69,6 +69,12 @@ impl Found {
     pub(in crate::soft) fn new(block: &Block) -> Self {
         Self { ops: block.ops.as_ptr(), block: NonNull::from(block) }
     }
+
+    /// How many instructions it has, at most.
+    pub(in crate::soft) fn longest(self) -> u64 {
+        // SAFETY: whoever has it may run it, so that the block lives.
+        unsafe { self.block.as_ref() }.ops.len() as u64
+    }
 }
 
 /// An entry for an address that no code has: it is not canonical.
@@ -284,10 +290,26 @@ impl Cpu {
         }
     }
 
+    /// Tells a deterministic VM's clock how far the instruction under execution is: to be called before
+    /// anything that tells the guest the time.
+    #[inline]
+    pub(in crate::soft) fn tell_time(&self) {
+        if let Some(world) = self.machine.clock.world() {
+            // Between blocks it has been told.
+            let Some(block) = self.blocks.current else { return };
+            // SAFETY: `run_block` has set it and has not returned.
+            let first = unsafe { block.as_ref() }.ops.as_ptr().addr();
+            let before = (self.at.wrapping_sub(first) / size_of::<Op>()) as u64;
+            world.set_instructions(self.others.wrapping_add(self.instructions + before));
+        }
+    }
+
     /// The block has stopped at `op`, after `before` instructions, otherwise than to go on.
     #[cold]
     fn stopped(&mut self, stop: Stop, op: &Op, before: u64) -> Stop {
-        self.instructions += before + u64::from(stop == Stop::Leave);
+        // An instruction that the embedder stops at, or that is none, has not been executed.
+        let done = stop == Stop::Leave && matches!(self.leave, Leave::Halt | Leave::TripleFault);
+        self.instructions += before + u64::from(done);
         if stop == Stop::Fault && matches!(usize::from(op.base), RSP | RBP) && op.seg == NO_SEG {
             self.on_stack(stop);
         }

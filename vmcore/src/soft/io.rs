@@ -57,8 +57,17 @@ impl Cpu {
         }
     }
 
+    /// After an access that may be in the midst of a block: in a deterministic VM, what it has asked for
+    /// is served before the next instruction.
+    fn end_access(&mut self) {
+        if self.machine.clock.world().is_some() && self.link.wanted() {
+            self.blocks.interrupt();
+        }
+    }
+
     /// Reads `size` bytes (1, 2 or 4) from `port`.
     pub(in crate::soft) fn port_read(&mut self, port: u16, size: usize) -> u32 {
+        self.tell_time();
         if let Some(chipset) = self.chipset_for(port) {
             self.stats.port += 1;
             let bytes = std::array::from_fn(|n| match port.checked_add(n as u16) {
@@ -77,6 +86,7 @@ impl Cpu {
 
     /// Writes the low `size` bytes (1, 2 or 4) of `value` to `port`.
     pub(in crate::soft) fn port_write(&mut self, port: u16, value: u32, size: usize) {
+        self.tell_time();
         let data = value.to_le_bytes();
         if let Some(chipset) = self.chipset_for(port) {
             for (n, &byte) in (0u16..).zip(&data[..size]) {
@@ -100,6 +110,13 @@ impl Cpu {
 
     /// Reads `size` bytes (1, 2, 4 or 8) from guest-physical `gpa`, where there is no memory.
     pub(in crate::soft) fn device_read(&mut self, gpa: u64, size: usize) -> u64 {
+        self.tell_time();
+        let value = self.read_device(gpa, size);
+        self.end_access();
+        value
+    }
+
+    fn read_device(&mut self, gpa: u64, size: usize) -> u64 {
         if let Some(offset) = self.lapic_offset(gpa) {
             let word = self.lapic.as_mut().map_or(0, |lapic| lapic.read(offset & !0xf));
             // Registers are 4 bytes at multiples of 16 (SDM vol. 3A, 11.4.1).
@@ -126,6 +143,12 @@ impl Cpu {
     /// Writes the low `size` bytes of `value` to guest-physical `gpa`, where there is no writable
     /// memory.
     pub(in crate::soft) fn device_write(&mut self, gpa: u64, value: u64, size: usize) {
+        self.tell_time();
+        self.write_device(gpa, value, size);
+        self.end_access();
+    }
+
+    fn write_device(&mut self, gpa: u64, value: u64, size: usize) {
         if let Some(offset) = self.lapic_offset(gpa) {
             if let (Some(lapic), true, true) = (&mut self.lapic, offset & 0xf == 0, size >= 4) {
                 lapic.write(offset, value as u32);

@@ -12,6 +12,7 @@
 mod block;
 mod chip;
 mod clock;
+mod counted;
 mod cpu;
 mod decode;
 mod exec;
@@ -30,6 +31,7 @@ use std::sync::Arc;
 
 use crate::backend::{Backend, BackendConfig, BackendVm, Capability};
 use crate::cpuid::Cpuid;
+use crate::deterministic::Deterministic;
 use crate::error::Result;
 
 /// Name of the backend in messages.
@@ -76,5 +78,13 @@ impl Backend for Soft {
 
     fn create_vm(&self, config: &BackendConfig) -> Result<Arc<dyn BackendVm>> {
         Ok(Arc::new(vm::SoftVm::new(config)?))
+    }
+
+    fn create_deterministic_vm(
+        &self,
+        config: &BackendConfig,
+        deterministic: Deterministic,
+    ) -> Result<Arc<dyn BackendVm>> {
+        Ok(Arc::new(vm::SoftVm::deterministic(config, deterministic)?))
     }
 }

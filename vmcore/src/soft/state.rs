@@ -221,6 +221,7 @@ impl SoftVcpu {
             lapic.restore(saved, state.sregs.apic_base)?;
         }
         cpu.restore_regs(&state.regs);
+        cpu.repeating = false;
         cpu.debug = state.debug;
         cpu.xcr0 = state.xcr0;
         let mut fx = [0; FXSAVE_LEN];

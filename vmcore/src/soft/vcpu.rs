@@ -64,16 +64,22 @@ impl SoftVcpu {
 
     /// Runs until something ends the run.
     fn enter(&mut self) -> Result<VcpuExit> {
-        self.cpu.link.set_in_guest(true);
-        self.cpu.serve_memory();
-        // Restoring another vCPU may have moved the TSC on.
-        self.cpu.tell_tsc();
-        if self.cpu.msrs.steal_time_is_new {
-            self.cpu.write_steal_time();
-        }
+        self.begin();
         let result = self.run_guest();
         self.cpu.link.set_in_guest(false);
         result
+    }
+
+    /// Gets ready to use guest memory.
+    pub(super) fn begin(&mut self) {
+        let cpu = &mut self.cpu;
+        cpu.link.set_in_guest(true);
+        cpu.serve_memory();
+        // Restoring another vCPU may have moved the TSC on.
+        cpu.tell_tsc();
+        if cpu.msrs.steal_time_is_new {
+            cpu.write_steal_time();
+        }
     }
 
     fn run_guest(&mut self) -> Result<VcpuExit> {
@@ -83,13 +89,16 @@ impl SoftVcpu {
             }
             // What waits for the end of a shadow comes after one instruction, and not after a block.
             let shadowed = self.cpu.held && self.cpu.shadow != Shadow::default();
-            let stepping =
-                self.debug.single_step || self.cpu.flag(TF) || self.debug.hardware.is_some() || shadowed;
-            let stop = if stepping { self.step() } else { self.execute() };
+            let stop = if self.steps() || shadowed { self.step() } else { self.execute() };
             if let Some(exit) = self.after(stop)? {
                 return Ok(exit);
             }
         }
+    }
+
+    /// Whether each instruction is looked at.
+    pub(super) fn steps(&self) -> bool {
+        self.debug.single_step || self.cpu.flag(TF) || self.debug.hardware.is_some()
     }
 
     /// Runs blocks until one ends otherwise than by going on to the next, or attention is asked for.
@@ -117,7 +126,7 @@ impl SoftVcpu {
     }
 
     /// Runs one instruction, and raises the debug exception that the guest's TF asks for.
-    fn step(&mut self) -> Stop {
+    pub(super) fn step(&mut self) -> Stop {
         if let Some(dr6) = self.breakpoint() {
             self.cpu.leave = Leave::Debug { dr6, exception: vector::DB };
             return Stop::Leave;
@@ -167,13 +176,17 @@ impl SoftVcpu {
     }
 
     /// What the end of a block asks for.
-    fn after(&mut self, stop: Stop) -> Result<Option<VcpuExit>> {
+    pub(super) fn after(&mut self, stop: Stop) -> Result<Option<VcpuExit>> {
         let stop = match stop {
             Stop::Next | Stop::Again => return Ok(None),
-            Stop::Fault => match self.cpu.deliver_fault() {
-                Ok(()) => return Ok(None),
-                Err(stop) => stop,
-            },
+            Stop::Fault => {
+                // Time goes on also where no instruction comes to its end. A trap comes with one that has.
+                self.cpu.instructions += u64::from(self.cpu.fault.vector != vector::DB);
+                match self.cpu.deliver_fault() {
+                    Ok(()) => return Ok(None),
+                    Err(stop) => stop,
+                }
+            }
             Stop::Leave => Stop::Leave,
         };
         debug_assert_eq!(stop, Stop::Leave);
@@ -181,7 +194,7 @@ impl SoftVcpu {
     }
 
     /// The vCPU has left the guest for the reason in `Cpu::leave`.
-    fn left(&mut self) -> Result<Option<VcpuExit>> {
+    pub(super) fn left(&mut self) -> Result<Option<VcpuExit>> {
         let stats = &mut self.cpu.stats;
         match self.cpu.leave {
             Leave::Halt if self.cpu.lapic.is_some() => {
@@ -228,21 +241,8 @@ impl SoftVcpu {
                 return Ok(Some(VcpuExit::Kicked));
             }
             self.cpu.serve_memory();
-            self.look_at_timers();
-            self.take_signals();
-            self.unhalted |= self.cpu.link.take(attention::UNHALT) != 0;
-            if self.run_state == RunState::Halted && std::mem::take(&mut self.unhalted) {
-                self.run_state = RunState::Running;
-            }
-            let stop = self.deliver_events();
-            match stop {
-                Ok(()) => {}
-                Err(Stop::Leave) => {
-                    if let Some(exit) = self.left()? {
-                        return Ok(Some(exit));
-                    }
-                }
-                Err(_) => {}
+            if let Some(exit) = self.serve_events()? {
+                return Ok(Some(exit));
             }
             if self.run_state == RunState::Running {
                 return Ok(None);
@@ -251,7 +251,21 @@ impl SoftVcpu {
         }
     }
 
-    fn look_at_timers(&mut self) {
+    /// Takes what timers and others have raised, and delivers what may be.
+    pub(super) fn serve_events(&mut self) -> Result<Option<VcpuExit>> {
+        self.look_at_timers();
+        self.take_signals();
+        self.unhalted |= self.cpu.link.take(attention::UNHALT) != 0;
+        if self.run_state == RunState::Halted && std::mem::take(&mut self.unhalted) {
+            self.run_state = RunState::Running;
+        }
+        match self.deliver_events() {
+            Err(Stop::Leave) => self.left(),
+            Ok(()) | Err(_) => Ok(None),
+        }
+    }
+
+    pub(super) fn look_at_timers(&mut self) {
         let cpu = &mut self.cpu;
         let halted = self.run_state != RunState::Running;
         if cpu.link.take(attention::TIMER) == 0 && !halted {
@@ -267,7 +281,7 @@ impl SoftVcpu {
     }
 
     /// Takes over what other threads have sent to the local APIC.
-    fn take_signals(&mut self) {
+    pub(super) fn take_signals(&mut self) {
         let cpu = &mut self.cpu;
         if cpu.link.take(attention::INTERRUPT) == 0 {
             return;
@@ -287,8 +301,9 @@ impl SoftVcpu {
         }
     }
 
-    /// Delivers the event that comes first (SDM vol. 3A, 6.9).
-    fn deliver_events(&mut self) -> std::result::Result<(), Stop> {
+    /// Delivers the event that comes first (SDM vol. 3A, 6.9), and asks to be called again after it: what
+    /// else waits is delivered then, or held.
+    pub(super) fn deliver_events(&mut self) -> std::result::Result<(), Stop> {
         // Taken in any case: with attention asked for, nobody would sleep.
         self.cpu.link.take(attention::EVENT);
         if matches!(self.run_state, RunState::WaitForInit | RunState::WaitForSipi) {
@@ -298,12 +313,14 @@ impl SoftVcpu {
         cpu.held = false;
         if let Some(vector) = self.accepted.take() {
             self.run_state = RunState::Running;
+            cpu.link.demand_own(attention::EVENT);
             return cpu.deliver_interrupt(vector);
         }
         let shadow = cpu.shadow;
         if self.nmi_pending && !cpu.nmi_masked && !shadow.mov_ss {
             self.nmi_pending = false;
             self.run_state = RunState::Running;
+            cpu.link.demand_own(attention::EVENT);
             return cpu.deliver_nmi();
         }
         cpu.held = self.nmi_pending;
@@ -330,15 +347,14 @@ impl SoftVcpu {
         };
         let Some(vector) = found else { return Ok(()) };
         self.run_state = RunState::Running;
+        cpu.link.demand_own(attention::EVENT);
         cpu.deliver_interrupt(vector)
     }
 
     /// Waits for attention or the next timer.
     fn sleep(&mut self) {
         let cpu = &mut self.cpu;
-        let pit = cpu.machine.chipset.as_ref().filter(|_| cpu.link.id == 0).and_then(|c| c.deadline());
-        let timer = cpu.lapic.as_ref().and_then(|lapic| lapic.deadline());
-        let deadline = [pit, timer].into_iter().flatten().min();
+        let deadline = cpu.deadline();
         let now = cpu.machine.clock.now();
         let timeout = deadline.map(|at| Duration::from_nanos(at.saturating_sub(now)));
         if timeout != Some(Duration::ZERO) {
@@ -350,9 +366,16 @@ impl SoftVcpu {
 }
 
 impl Cpu {
+    /// When a timer that this vCPU serves is due next, in ns of the machine's time.
+    pub(super) fn deadline(&self) -> Option<u64> {
+        let pit = self.machine.chipset.as_ref().filter(|_| self.link.id == 0).and_then(|c| c.deadline());
+        let timer = self.lapic.as_ref().and_then(|lapic| lapic.deadline());
+        [pit, timer].into_iter().flatten().min()
+    }
+
     /// After an instruction: the shadow of the one before it is over.
     #[inline(always)]
-    fn end_shadow(&mut self) {
+    pub(super) fn end_shadow(&mut self) {
         if self.shadow_next | self.shadow.sti | self.shadow.mov_ss {
             self.end_shadow_slow();
         }
@@ -385,8 +408,9 @@ impl fmt::Debug for SoftVcpu {
     }
 }
 
-impl BackendVcpu for SoftVcpu {
-    fn run(&mut self, io: &mut dyn VcpuIo) -> Result<VcpuExit> {
+impl SoftVcpu {
+    /// Runs `act`, with `io` to answer the guest.
+    fn with_io<R>(&mut self, io: &mut dyn VcpuIo, act: impl FnOnce(&mut Self) -> R) -> R {
         struct End<'a>(&'a mut SoftVcpu);
         impl Drop for End<'_> {
             fn drop(&mut self) {
@@ -397,7 +421,31 @@ impl BackendVcpu for SoftVcpu {
         // SAFETY: `io` is borrowed until this function returns, and `end` is dropped before that, also
         // when a callback panics.
         unsafe { end.0.cpu.begin_io(io) };
-        end.0.enter()
+        act(end.0)
+    }
+}
+
+impl BackendVcpu for SoftVcpu {
+    fn run(&mut self, io: &mut dyn VcpuIo) -> Result<VcpuExit> {
+        self.with_io(io, |vcpu| match vcpu.cpu.machine.clock.world().cloned() {
+            Some(world) => vcpu.run_alone(&world),
+            None => vcpu.enter(),
+        })
+    }
+
+    fn run_instructions(&mut self, count: u64, io: &mut dyn VcpuIo) -> Result<VcpuExit> {
+        let Some(world) = self.cpu.machine.clock.world().cloned() else {
+            return Err(Error::Unsupported {
+                what: "counting the instructions of a VM that goes with the host's time".into(),
+                backend: super::NAME,
+                fix: "make the VM with Backend::create_deterministic_vm".into(),
+            });
+        };
+        self.with_io(io, |vcpu| vcpu.enter_counted(&world, count))
+    }
+
+    fn timer_deadline(&self) -> Option<u64> {
+        self.cpu.deadline()
     }
 
     fn handle(&self) -> VcpuHandle {

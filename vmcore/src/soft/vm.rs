@@ -18,6 +18,7 @@ use super::{MAX_VCPUS, NAME};
 use crate::backend::{
     BackendConfig, BackendVcpu, BackendVm, DoorbellConfig, IoAddress, IrqRoute, Registration, Slot,
 };
+use crate::deterministic::{Deterministic, World};
 use crate::error::{Error, Result};
 use crate::irq::{IrqSink, Msi};
 use crate::memory::{DirtyBitmap, MemoryError, MemoryRegion};
@@ -130,7 +131,19 @@ impl SoftVm {
     /// # Errors
     /// [`Error::BackendUnusable`] where the host refuses memory for generated code.
     pub(super) fn new(config: &BackendConfig) -> Result<Self> {
-        let clock = Arc::new(Clock::new());
+        Self::with_clock(config, Clock::new())
+    }
+
+    /// A VM that does the same in every run.
+    ///
+    /// # Errors
+    /// As [`SoftVm::new`].
+    pub(super) fn deterministic(config: &BackendConfig, deterministic: Deterministic) -> Result<Self> {
+        Self::with_clock(config, Clock::counting(Arc::new(World::new(deterministic))))
+    }
+
+    fn with_clock(config: &BackendConfig, clock: Clock) -> Result<Self> {
+        let clock = Arc::new(clock);
         let chipset = config.irqchip.then(|| Arc::new(Chipset::new(clock.clone())));
         let irq_events = chipset.clone().map(IrqEvents::new);
         let machine = Machine {
@@ -164,6 +177,18 @@ impl SoftVm {
             what: format!("{what} of a VM without interrupt controllers"),
             backend: NAME,
             fix: "make the VM with BackendConfig::irqchip".into(),
+        })
+    }
+
+    /// Refuses what another thread would serve, at its own time.
+    fn refuse_threads(&self, what: &str, fix: &str) -> Result<()> {
+        if self.machine.clock.world().is_none() {
+            return Ok(());
+        }
+        Err(Error::Unsupported {
+            what: format!("{what} of a deterministic VM"),
+            backend: NAME,
+            fix: fix.into(),
         })
     }
 
@@ -246,6 +271,7 @@ impl BackendVm for SoftVm {
     }
 
     fn doorbell(&self, config: DoorbellConfig) -> Result<Registration> {
+        self.refuse_threads("a doorbell", "serve the write itself, on the thread of the vCPU")?;
         let valid: &[u8] =
             if matches!(config.at, IoAddress::Port(_)) { &[1, 2, 4] } else { &[0, 1, 2, 4, 8] };
         if !valid.contains(&config.width) {
@@ -306,7 +332,9 @@ impl BackendVm for SoftVm {
     }
 
     fn irq_event(&self, route: IrqRoute) -> Result<Registration> {
-        self.controllers(&self.machine.irq_events, "interrupt events")?.register(route)
+        let events = self.controllers(&self.machine.irq_events, "interrupt events")?;
+        self.refuse_threads("an interrupt event", "use IrqSink, on the thread of the vCPU")?;
+        events.register(route)
     }
 
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn BackendVcpu>> {
@@ -335,6 +363,10 @@ impl BackendVm for SoftVm {
             }
         }
         Ok(Box::new(SoftVcpu::new(self.machine.clone(), link)))
+    }
+
+    fn world(&self) -> Option<&Arc<World>> {
+        self.machine.clock.world()
     }
 
     fn save(&self) -> Result<MachineState> {

@@ -11,8 +11,10 @@ use crate::error::{Error, Result};
 use crate::irq::{IrqLine, IrqSink};
 use crate::memory::{GpaRange, GuestAddress, GuestMemory};
 
+use super::clock::{Clock, Entropy};
 use super::io_thread::IoThread;
 use super::run::Control;
+use super::turns::{Timer, Timers};
 
 /// Something that can be put on a machine: a device, or a board of them.
 ///
@@ -52,6 +54,8 @@ pub struct Machine {
     pub(super) power: Option<PowerPorts>,
     pub(super) io_threads: Vec<IoThread>,
     pub(super) kept: Vec<Kept>,
+    pub(super) timers: Arc<Timers>,
+    clock: Clock,
 }
 
 /// Something that lives as long as the VM.
@@ -65,6 +69,7 @@ impl std::fmt::Debug for Kept {
 
 impl Machine {
     pub(super) fn new(vm: Arc<dyn BackendVm>, memory: GuestMemory, control: Control, irqchip: bool) -> Self {
+        let clock = Clock::new(vm.world());
         Self {
             vm,
             memory,
@@ -78,6 +83,8 @@ impl Machine {
             power: None,
             io_threads: Vec::new(),
             kept: Vec::new(),
+            timers: Arc::default(),
+            clock,
         }
     }
 
@@ -179,10 +186,41 @@ impl Machine {
     ///
     /// # Errors
     /// Where the host refuses a descriptor. Where it refuses the thread, the run fails.
+    /// [`Error::Unsupported`] on a deterministic machine, where devices work inside the guest's accesses
+    /// and by [`Machine::timer`].
     pub fn io_thread(&mut self, name: &str) -> Result<IoThread> {
+        if self.is_deterministic() {
+            return Err(Error::Unsupported {
+                what: format!("the I/O thread {name} of a deterministic VM"),
+                backend: self.vm.name(),
+                fix: "leave out the device, or let it work inside the guest's accesses".into(),
+            });
+        }
         let thread = IoThread::unstarted(name)?;
         self.io_threads.push(thread.clone());
         Ok(thread)
+    }
+
+    /// Whether all that devices do must follow from what the guest does: see [`crate::deterministic`].
+    /// There are no I/O threads, events and doorbells then.
+    pub fn is_deterministic(&self) -> bool {
+        self.vm.world().is_some()
+    }
+
+    /// The machine's time: what devices are to show to the guest.
+    pub fn clock(&self) -> Clock {
+        self.clock.clone()
+    }
+
+    /// Where devices are to get random numbers from.
+    pub fn entropy(&self) -> Entropy {
+        Entropy::new(self.vm.world())
+    }
+
+    /// A timer of the machine's time that calls `callback` on the thread of the vCPUs, between two
+    /// instructions. `None` on a machine that goes with the host's time, where devices have I/O threads.
+    pub fn timer(&mut self, callback: impl FnMut() + Send + 'static) -> Option<Timer> {
+        self.is_deterministic().then(|| self.timers.add(self.control.0.clone(), callback))
     }
 
     /// Has the guest find `device` in the ACPI DSDT.

@@ -5,11 +5,13 @@ use std::sync::{Arc, Mutex};
 
 use super::attach::{Attach, Machine};
 use super::run::{Control, Shared};
+use super::turns::Turns;
 use super::{Inside, Vm};
 use crate::backend::{Backend, BackendConfig};
 use crate::boot::acpi::{self, AcpiConfig, AcpiHid};
 use crate::boot::{self, Boot, MemoryLayout, layout, mptable};
 use crate::cpuid::{CpuConfig, CpuModel, Cpuid, Topology};
+use crate::deterministic::Deterministic;
 use crate::error::{Error, Result};
 use crate::host::{self, Accel};
 use crate::memory::{GpaRange, GuestAddress, MemoryError, MemoryRegion, RegionBuilder};
@@ -33,6 +35,7 @@ pub struct VmBuilder {
     tsc_khz: Option<u32>,
     irqchip: bool,
     acpi: bool,
+    deterministic: Option<Deterministic>,
     boot: Option<Boot>,
     devices: Vec<Box<dyn Attach>>,
 }
@@ -49,6 +52,7 @@ impl Default for VmBuilder {
             tsc_khz: None,
             irqchip: true,
             acpi: true,
+            deterministic: None,
             boot: None,
             devices: Vec::new(),
         }
@@ -127,6 +131,13 @@ impl VmBuilder {
         self
     }
 
+    /// Has the VM do the same in every run, with time and random numbers of its own: see
+    /// [`crate::deterministic`]. Only the software CPU can; it is taken where none is asked for.
+    pub fn deterministic(mut self, deterministic: Deterministic) -> Self {
+        self.deterministic = Some(deterministic);
+        self
+    }
+
     /// Puts a device, or a board of devices, on the machine.
     pub fn attach(mut self, device: impl Attach + 'static) -> Self {
         self.devices.push(Box::new(device));
@@ -142,7 +153,11 @@ impl VmBuilder {
         if let Some(backend) = self.backend.take() {
             return self.build_on(backend, "chosen by the caller".to_owned());
         }
-        let (backend, why) = host::choose(self.accel)?;
+        let accel = match (self.accel, self.deterministic) {
+            (Accel::Auto, Some(_)) => Accel::Soft,
+            (accel, _) => accel,
+        };
+        let (backend, why) = host::choose(accel)?;
         let asked = backend.clone();
         std::thread::scope(|scope| {
             // The first answer takes a backend as long as making the VM, which goes on meanwhile; what
@@ -155,7 +170,16 @@ impl VmBuilder {
 
     fn build_on(mut self, backend: Arc<dyn Backend>, why: String) -> Result<Vm> {
         self.check_cpus(&*backend)?;
-        let vm = backend.create_vm(&BackendConfig { irqchip: self.irqchip })?;
+        let config = BackendConfig { irqchip: self.irqchip };
+        let vm = match self.deterministic {
+            Some(deterministic) => backend.create_deterministic_vm(&config, deterministic)?,
+            None => backend.create_vm(&config)?,
+        };
+        if let (Some(world), Some(boot)) = (vm.world(), &mut self.boot) {
+            let mut seed = [0; 32];
+            world.fill_random(&mut seed);
+            boot.fix_seed(seed);
+        }
         let shared = Arc::new(Shared::default());
         let mut inside = Inside::new(vm, backend, why);
         let layout = MemoryLayout::pc(self.memory);
@@ -167,6 +191,10 @@ impl VmBuilder {
         let devices = std::mem::take(&mut self.devices);
         let attached = devices.into_iter().try_for_each(|device| device.attach(&mut machine));
         inside.io_threads = std::mem::take(&mut machine.io_threads);
+        if let Some(world) = inside.vm.world() {
+            let turns = Turns::new(world.clone(), machine.timers.clone());
+            inside.turns = Some(Arc::new(Mutex::new(turns)));
+        }
         inside.kept = Mutex::new(std::mem::take(&mut machine.kept));
         let made = attached.and_then(|()| self.make_vcpus(&inside, &machine, &layout));
         let failure = made.map(|vcpus| inside.vcpus = vcpus).err();
@@ -295,6 +323,7 @@ impl fmt::Debug for VmBuilder {
             .field("cpu_model", &self.cpu_model)
             .field("irqchip", &self.irqchip)
             .field("acpi", &self.acpi)
+            .field("deterministic", &self.deterministic)
             .field("boot", &self.boot)
             .field("devices", &self.devices.len())
             .finish_non_exhaustive()

@@ -2,14 +2,19 @@
 
 mod attach;
 mod builder;
+mod clock;
+mod hash;
 mod io_thread;
 mod run;
 mod thread_clock;
+mod turns;
 
 pub use attach::{Attach, Machine};
 pub use builder::VmBuilder;
+pub use clock::{Clock, Entropy};
 pub use io_thread::{EventSet, IoThread, Watch};
 pub use run::{Control, Outcome, Paused, ResetCause, VmHandle, VmState};
+pub use turns::Timer;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -20,12 +25,14 @@ use crate::backend::{
     Backend, BackendConfig, BackendVm, DoorbellConfig, IrqRoute, Registration, Slot, VcpuStats,
 };
 use crate::bus::Bus;
+use crate::deterministic::{Deterministic, StateHash};
 use crate::error::{Error, Result};
 use crate::host::{self, Accel};
 use crate::irq::{IrqLine, IrqSink, Msi};
 use crate::memory::{DirtyBitmap, GuestAddress, GuestMemory, MemoryError, MemoryRegion};
 use crate::vcpu::{Buses, Vcpu};
 use run::{Shared, Threads};
+use turns::Turns;
 
 /// A virtual machine.
 ///
@@ -47,6 +54,8 @@ pub(crate) struct Inside {
     ports: Bus,
     mmio: Bus,
     io_threads: Vec<IoThread>,
+    /// Of a deterministic VM.
+    turns: Option<Arc<Mutex<Turns>>>,
     kept: Mutex<Vec<attach::Kept>>,
     memory: GuestMemory,
     slots: Mutex<BTreeMap<u64, Slot>>,
@@ -74,6 +83,20 @@ impl Vm {
         Self::on(backend, "chosen by the caller".into(), config)
     }
 
+    /// As [`Vm::bare_on`], a VM that does the same in every run ([`crate::deterministic`]): its vCPUs are run
+    /// by [`Vcpu::run_instructions`], one at a time.
+    ///
+    /// # Errors
+    /// As [`Vm::bare_on`], and [`Error::Unsupported`] on another backend than the software CPU.
+    pub fn bare_deterministic(
+        backend: Arc<dyn Backend>,
+        config: &BackendConfig,
+        deterministic: Deterministic,
+    ) -> Result<Self> {
+        let vm = backend.create_deterministic_vm(config, deterministic)?;
+        Ok(Self::assemble(Inside::new(vm, backend, "chosen by the caller".into()), Arc::default()))
+    }
+
     fn on(backend: Arc<dyn Backend>, why: String, config: &BackendConfig) -> Result<Self> {
         let vm = backend.create_vm(config)?;
         Ok(Self::assemble(Inside::new(vm, backend, why), Arc::default()))
@@ -85,7 +108,7 @@ impl Vm {
     }
 
     fn assemble(inside: Inside, shared: Arc<Shared>) -> Self {
-        Self { threads: Threads::new(shared, &inside.vcpus), inside: Arc::new(inside) }
+        Self { threads: Threads::new(shared, &inside.vcpus, inside.turns.clone()), inside: Arc::new(inside) }
     }
 
     /// Name of the backend that runs the VM.
@@ -185,7 +208,7 @@ impl Vm {
     /// What kept the guest from running on, and [`Error::WrongState`] where it has ended before or
     /// the VM is bare.
     pub fn run(&mut self) -> Result<Outcome> {
-        self.run_until(None)
+        self.run_until(None, u64::MAX)
     }
 
     /// As [`Vm::run`], for `limit` at most: then the outcome is [`Outcome::TimeLimit`], and another
@@ -194,10 +217,56 @@ impl Vm {
     /// # Errors
     /// As [`Vm::run`].
     pub fn run_for(&mut self, limit: Duration) -> Result<Outcome> {
-        self.run_until(Instant::now().checked_add(limit))
+        self.run_until(Instant::now().checked_add(limit), u64::MAX)
     }
 
-    fn run_until(&mut self, deadline: Option<Instant>) -> Result<Outcome> {
+    /// As [`Vm::run`] of a deterministic VM, for `count` instructions of all its vCPUs together: then the
+    /// outcome is [`Outcome::InstructionLimit`], and another run goes on where this one stopped, as if it
+    /// had not. A guest that sleeps for ever executes none.
+    ///
+    /// ```no_run
+    /// # fn main() -> vmcore::Result<()> {
+    /// use vmcore::boot::Linux;
+    /// use vmcore::{Deterministic, Outcome, Vm};
+    ///
+    /// let mut vm = Vm::builder()
+    ///     .deterministic(Deterministic::seeded(7))
+    ///     .boot(Linux::new("vmlinuz"))
+    ///     .build()?;
+    /// while vm.run_instructions(100_000_000)? == Outcome::InstructionLimit {
+    ///     println!("{} {}", vm.instructions().unwrap_or(0), vm.state_hash()?);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Vm::run`], and [`Error::WrongState`] where the VM is not deterministic.
+    pub fn run_instructions(&mut self, count: u64) -> Result<Outcome> {
+        let Some(executed) = self.instructions() else {
+            return Err(Error::WrongState {
+                op: "count instructions",
+                state: "one that goes with the host's time",
+                fix: "build it with VmBuilder::deterministic",
+            });
+        };
+        self.run_until(None, executed.saturating_add(count))
+    }
+
+    /// How many instructions the vCPUs of a deterministic VM have executed; `None` of another.
+    pub fn instructions(&self) -> Option<u64> {
+        self.inside.vm.world().map(|world| world.instructions())
+    }
+
+    /// A fingerprint of all of the VM's state, for which it stands still: see [`StateHash`].
+    ///
+    /// # Errors
+    /// As [`VmHandle::pause`], and where the host or a device refuses to give its state.
+    pub fn state_hash(&self) -> Result<StateHash> {
+        self.handle().pause()?.state_hash()
+    }
+
+    fn run_until(&mut self, deadline: Option<Instant>, limit: u64) -> Result<Outcome> {
         if self.inside.vcpus.is_empty() {
             return Err(Error::WrongState {
                 op: "run",
@@ -205,7 +274,7 @@ impl Vm {
                 fix: "run the vCPUs from create_vcpu yourself, or use Vm::builder",
             });
         }
-        self.threads.run(deadline, &self.inside.io_threads)
+        self.threads.run(deadline, limit, &self.inside.io_threads)
     }
 
     /// A handle for other threads: pause, resume, stop.
@@ -284,6 +353,7 @@ impl Inside {
             ports: Bus::new("port range"),
             mmio: Bus::new("MMIO window"),
             io_threads: Vec::new(),
+            turns: None,
             kept: Mutex::default(),
             memory: GuestMemory::new(),
             slots: Mutex::default(),

@@ -10,9 +10,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::Inside;
 use super::io_thread::{Hold, IoThread, mark_vm_thread, on_vm_thread};
+use super::turns::{Turn, Turns};
+use super::{Inside, hash};
 use crate::backend::{VcpuExit, VcpuHandle};
+use crate::deterministic::StateHash;
 use crate::error::{Error, Result};
 use crate::state::{MachineState, VcpuState};
 use crate::vcpu::Vcpu;
@@ -49,12 +51,14 @@ pub enum Outcome {
     Stopped,
     /// The time given to the run is over; it can go on.
     TimeLimit,
+    /// The instructions given to the run are executed; it can go on.
+    InstructionLimit,
 }
 
 impl Outcome {
     /// Whether another run can go on from here.
     fn resumable(self) -> bool {
-        matches!(self, Outcome::Stopped | Outcome::TimeLimit)
+        matches!(self, Outcome::Stopped | Outcome::TimeLimit | Outcome::InstructionLimit)
     }
 
     fn as_state(self) -> &'static str {
@@ -63,7 +67,7 @@ impl Outcome {
             Outcome::Reset(_) => "reset",
             Outcome::Exit(_) => "ended by its exit port",
             Outcome::Halted => "halted for good",
-            Outcome::Stopped | Outcome::TimeLimit => "stopped",
+            Outcome::Stopped | Outcome::TimeLimit | Outcome::InstructionLimit => "stopped",
         }
     }
 }
@@ -71,6 +75,9 @@ impl Outcome {
 /// How long a guest may look idle before it is looked at. A look costs an idle guest one exit.
 const IDLE_LOOK: Duration = Duration::from_millis(100);
 const IDLE_LOOK_MAX: Duration = Duration::from_secs(2);
+
+/// How long turns of vCPUs that wait for the host are apart.
+const TURNS_LOOK: Duration = Duration::from_millis(5);
 
 #[derive(Debug, Default)]
 struct State {
@@ -87,6 +94,8 @@ struct State {
     ended: Option<Result<Outcome>>,
     /// The guest is gone for good: how.
     over: Option<&'static str>,
+    /// The count of instructions at which the run of a deterministic VM ends.
+    limit: u64,
     /// How many vCPUs sleep for good, as counted since look number `look`.
     look: u64,
     asleep: usize,
@@ -120,7 +129,7 @@ impl Shared {
         self.handles.lock().unwrap_or_else(PoisonError::into_inner).push(handle);
     }
 
-    fn kick_all(&self) {
+    pub(super) fn kick_all(&self) {
         for handle in self.handles.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             handle.kick();
         }
@@ -197,24 +206,34 @@ impl Control {
 pub(super) struct Threads {
     pub(super) shared: Arc<Shared>,
     vcpus: Vec<Arc<Mutex<Vcpu>>>,
+    /// Of a deterministic VM, all of whose vCPUs have one thread.
+    turns: Option<Arc<Mutex<Turns>>>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Threads {
-    pub(super) fn new(shared: Arc<Shared>, vcpus: &[Arc<Mutex<Vcpu>>]) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        vcpus: &[Arc<Mutex<Vcpu>>],
+        turns: Option<Arc<Mutex<Turns>>>,
+    ) -> Self {
         for vcpu in vcpus {
             shared.add_handle(lock(vcpu).handle());
         }
-        Self { shared, vcpus: vcpus.to_vec(), threads: Vec::new() }
+        Self { shared, vcpus: vcpus.to_vec(), turns, threads: Vec::new() }
     }
 
     fn start(&mut self) -> Result<()> {
-        for (id, vcpu) in self.vcpus.iter().enumerate().skip(self.threads.len()) {
-            let (shared, vcpu) = (self.shared.clone(), vcpu.clone());
+        let threads = if self.turns.is_some() { 1 } else { self.vcpus.len() };
+        for id in self.threads.len()..threads {
+            let (shared, vcpus, turns) = (self.shared.clone(), self.vcpus.clone(), self.turns.clone());
             self.shared.state().threads += 1;
             let body = move || {
                 mark_vm_thread();
-                let work = || vcpu_thread(&shared, &vcpu);
+                let work = || match &turns {
+                    Some(turns) => turns_thread(&shared, &vcpus, turns),
+                    None => vcpu_thread(&shared, &vcpus[id]),
+                };
                 if catch_unwind(AssertUnwindSafe(work)).is_err() {
                     shared.end(Err(Error::device(format!("vcpu{id}"), "a device callback panicked")));
                     let mut state = shared.state();
@@ -232,9 +251,14 @@ impl Threads {
         Ok(())
     }
 
-    /// Lets the vCPUs run, and `io_threads` serve them, until the guest ends, `deadline` passes, or
-    /// somebody stops it.
-    pub(super) fn run(&mut self, deadline: Option<Instant>, io_threads: &[IoThread]) -> Result<Outcome> {
+    /// Lets the vCPUs run, and `io_threads` serve them, until the guest ends, `deadline` passes, the
+    /// count of instructions is `limit`, or somebody stops it.
+    pub(super) fn run(
+        &mut self,
+        deadline: Option<Instant>,
+        limit: u64,
+        io_threads: &[IoThread],
+    ) -> Result<Outcome> {
         if on_vm_thread() {
             return Err(Error::WrongState {
                 op: "run",
@@ -246,7 +270,11 @@ impl Threads {
             return Err(Error::WrongState { op: "run", state: over, fix: "build the VM again" });
         }
         self.start()?;
-        self.shared.state().running = true;
+        {
+            let mut state = self.shared.state();
+            state.running = true;
+            state.limit = limit;
+        }
         self.shared.changed.notify_all();
         // After the vCPUs, whose first instructions need none of them.
         if let Err(error) = io_threads.iter().try_for_each(IoThread::start) {
@@ -266,7 +294,9 @@ impl Threads {
             let waited = self.shared.changed.wait_timeout(state, wait);
             let timeout;
             (state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
-            if state.ended.is_some() || !timeout.timed_out() || now.elapsed() < patience {
+            let early = !timeout.timed_out() || now.elapsed() < patience;
+            // Vcpus that take turns see for themselves that all of them sleep.
+            if state.ended.is_some() || early || self.turns.is_some() {
                 continue;
             }
             drop(state);
@@ -332,30 +362,60 @@ impl Threads {
     }
 }
 
+/// Waits until vCPUs may run; `false`: never more.
+fn park(shared: &Shared) -> bool {
+    let mut state = shared.state();
+    state.parked += 1;
+    shared.changed.notify_all();
+    while !state.quit && !state.may_run() {
+        state = shared.wait(state);
+    }
+    if state.quit {
+        return false;
+    }
+    state.parked -= 1;
+    state.first_entry.get_or_insert_with(Instant::now);
+    true
+}
+
+/// Runs the vCPUs of a deterministic VM in turn.
+fn turns_thread(shared: &Shared, vcpus: &[Arc<Mutex<Vcpu>>], turns: &Mutex<Turns>) {
+    while park(shared) {
+        let mut vcpus: Vec<_> = vcpus.iter().map(|vcpu| lock(vcpu)).collect();
+        let mut turns = turns.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let state = shared.state();
+            if state.quit || !state.may_run() {
+                break;
+            }
+            let limit = state.limit;
+            drop(state);
+            match turns.take(&mut vcpus, limit) {
+                Ok(Turn::Over) => {}
+                Ok(Turn::Idle) => {
+                    let state = shared.state();
+                    if !state.quit && state.may_run() {
+                        drop(shared.changed.wait_timeout(state, TURNS_LOOK));
+                    }
+                }
+                Ok(Turn::Ended(outcome)) => shared.end(Ok(outcome)),
+                Err(error) => shared.end(Err(error)),
+            }
+        }
+    }
+}
+
 fn vcpu_thread(shared: &Shared, vcpu: &Mutex<Vcpu>) {
     let mut looked = 0;
-    loop {
-        let mut state = shared.state();
-        state.parked += 1;
-        shared.changed.notify_all();
-        while !state.quit && !state.may_run() {
-            state = shared.wait(state);
-        }
-        if state.quit {
-            return;
-        }
-        state.parked -= 1;
-        state.first_entry.get_or_insert_with(Instant::now);
-        drop(state);
-
+    while park(shared) {
         let mut vcpu = lock(vcpu);
         loop {
             let exit = vcpu.run();
             match exit {
-                Ok(VcpuExit::Kicked) => {}
+                Ok(VcpuExit::Kicked | VcpuExit::InstructionLimit) => {}
                 Ok(VcpuExit::TripleFault) => shared.end(Ok(Outcome::Reset(ResetCause::TripleFault))),
                 // Without interrupt controllers nothing wakes a halted vCPU.
-                Ok(VcpuExit::Halted) => shared.end(Ok(Outcome::Halted)),
+                Ok(VcpuExit::Halted | VcpuExit::Waiting) => shared.end(Ok(Outcome::Halted)),
                 Ok(VcpuExit::Debug { .. }) => shared.end(Ok(Outcome::Stopped)),
                 Err(error) => shared.end(Err(error)),
             }
@@ -461,6 +521,14 @@ impl Paused {
     pub fn save(&self) -> Result<VmState> {
         let vcpus = self.inside.vcpus.iter().map(|vcpu| lock(vcpu).save()).collect::<Result<_>>()?;
         Ok(VmState { vcpus, machine: self.inside.vm.save()? })
+    }
+
+    /// A fingerprint of the state of vCPUs, machine, memory and devices.
+    ///
+    /// # Errors
+    /// Where the host or a device refuses to give its state.
+    pub fn state_hash(&self) -> Result<StateHash> {
+        hash::of(&self.inside, &self.save()?)
     }
 
     /// Takes over a state that [`Paused::save`] gave, of this VM or of one built alike.

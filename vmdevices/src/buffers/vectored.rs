@@ -1,5 +1,5 @@
 //! Vectored system calls straight into and out of guest memory.
-#![expect(unsafe_code, reason = "readv, writev and getrandom on pieces of guest memory")]
+#![expect(unsafe_code, reason = "readv and writev on pieces of guest memory")]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -67,21 +67,6 @@ impl Buffers<'_> {
         // the kernel only reads it.
         let drain = |iov: &[libc::iovec]| unsafe { libc::writev(fd.as_raw_fd(), iov.as_ptr(), count(iov)) };
         self.drain(drain)
-    }
-
-    /// Fills the first piece with random bytes of the host (`getrandom`, one call) and consumes
-    /// what was filled.
-    ///
-    /// # Errors
-    /// What the operating system says.
-    pub fn fill_random(&mut self) -> io::Result<usize> {
-        let fill = |iov: &[libc::iovec]| {
-            let first = iov.first().unwrap_or(&EMPTY);
-            // SAFETY: the vector describes memory that stays mapped for the call (see `vectors`),
-            // and the kernel writes only there.
-            unsafe { libc::getrandom(first.iov_base, first.iov_len, 0) }
-        };
-        self.fill(&[], fill)
     }
 
     fn fill(&mut self, tail: &[libc::iovec], call: impl Fn(&[libc::iovec]) -> isize) -> io::Result<usize> {
@@ -202,18 +187,16 @@ mod tests {
     }
 
     #[test]
-    fn random_bytes_mark_dirty_pages() {
+    fn written_bytes_mark_dirty_pages() {
         let region = vmcore::MemoryRegion::builder(GuestAddress(0), 0x4000).track_dirty().build().unwrap();
         let memory = vmcore::GuestMemory::new();
         memory.insert(region.clone().into()).unwrap();
         let map = memory.snapshot();
         let mut into = buffers(&map, &[(0x1000, 64)]);
-        while !into.is_empty() {
-            into.fill_random().unwrap();
-        }
+        assert_eq!(into.write(&[7; 64]), 64);
         let mut bytes = [0; 64];
         memory.read(GuestAddress(0x1000), &mut bytes).unwrap();
-        assert_ne!(bytes, [0; 64]);
+        assert_eq!(bytes, [7; 64]);
         let dirty = region.take_host_dirty().unwrap();
         assert_eq!(dirty.dirty_offsets().collect::<Vec<_>>(), [0x1000]);
     }

@@ -154,6 +154,14 @@ impl Link {
         self.fill();
     }
 
+    /// Takes the input that there is now, up to 64 KiB, and none that comes later: for machines whose
+    /// input must not depend on when it comes.
+    pub fn end_input(&mut self) {
+        self.more = true;
+        self.fill_to(KEPT);
+        self.ended = true;
+    }
+
     /// Has the user's wish to quit end the machine with [`Outcome::Stopped`].
     pub fn set_control(&mut self, control: Control) {
         self.control = Some(control);
@@ -161,9 +169,13 @@ impl Link {
 
     /// Reads ahead, also when the guest reads nothing: the user must be able to quit.
     fn fill(&mut self) {
+        self.fill_to(AHEAD);
+    }
+
+    fn fill_to(&mut self, most: usize) {
         let mut buffer = [0; 1024];
         while self.more && !self.ended {
-            let room = AHEAD.saturating_sub(self.ahead.len()).min(buffer.len());
+            let room = most.saturating_sub(self.ahead.len()).min(buffer.len());
             if room == 0 {
                 return;
             }

@@ -49,13 +49,15 @@ const VERSION: u8 = 1;
 /// There is no other sleep than soft-off, and the timer's overflow does not interrupt.
 pub struct AcpiPower {
     device: Arc<Mutex<Device>>,
+    /// Once it is on a machine the timer goes with that one's time.
+    machines_clock: bool,
 }
 
 impl AcpiPower {
     /// The power block of one machine.
     pub fn new() -> Self {
         let begin = Instant::now();
-        Self::with_clock(move || begin.elapsed())
+        Self { machines_clock: true, ..Self::with_clock(move || begin.elapsed()) }
     }
 
     /// As [`AcpiPower::new`], with the PM timer driven by `clock`, which never goes back.
@@ -66,7 +68,7 @@ impl AcpiPower {
             irq: IrqLine::detached(),
             control: Control::detached(),
         };
-        Self { device: Arc::new(Mutex::new(device)) }
+        Self { device: Arc::new(Mutex::new(device)), machines_clock: false }
     }
 
     /// The machine's power button.
@@ -94,6 +96,10 @@ impl Attach for AcpiPower {
             let mut device = lock(&self.device);
             device.irq = machine.irq_line(SCI);
             device.control = machine.control();
+            if self.machines_clock {
+                let clock = machine.clock();
+                device.clock = Box::new(move || clock.now());
+            }
             device.update();
         }
         machine.ports(BASE, PORTS, self.device)?;

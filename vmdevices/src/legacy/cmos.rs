@@ -4,7 +4,7 @@
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
@@ -36,31 +36,41 @@ const VERSION: u8 = 1;
 /// The memory has what a BIOS leaves there for programs that look: the sizes of RAM, and the
 /// checksum. What a guest sets the clock to counts for that guest alone.
 pub struct Cmos {
-    clock: Clock,
+    /// The machine's unless said.
+    clock: Option<Clock>,
 }
 
 /// Tells the time since 1970 in UTC.
 type Clock = Box<dyn Fn() -> Duration + Send>;
 
 impl Cmos {
-    /// A clock that shows the host's time.
+    /// A clock that shows the host's time, or a deterministic machine's.
     pub fn new() -> Self {
-        Self::with_clock(|| SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
+        Self { clock: None }
     }
 
     /// A clock that shows the time that `clock` tells, as UTC since 1970.
     pub fn with_clock(clock: impl Fn() -> Duration + Send + 'static) -> Self {
-        Self { clock: Box::new(clock) }
+        Self { clock: Some(Box::new(clock)) }
     }
 
     /// Puts the clock on `machine`. Without a `thread` it does not interrupt.
     pub(crate) fn attach_with(self, machine: &mut Machine, thread: Option<&IoThread>) -> Result<()> {
-        let mut device = Device::new(self.clock, machine.irq_line(GSI));
+        let time = machine.clock();
+        let shown = time.clone();
+        let clock = self.clock.unwrap_or_else(|| Box::new(move || shown.time_of_day()));
+        let mut device = Device::new(clock, machine.irq_line(GSI));
         device.describe_memory(&ram(machine.memory()));
         let device = Arc::new(Mutex::new(device));
+        // Weak, as the device keeps the timer.
+        let served = Arc::downgrade(&device);
+        let settle = move || served.upgrade().into_iter().for_each(|device| lock(&device).settle());
+        if let Some(timer) = machine.timer(settle) {
+            lock(&device).timer = Some(Timer::Machine(timer, time));
+        }
         if let Some(thread) = thread {
             let timer = timer()?;
-            lock(&device).timer = Some(timer.clone());
+            lock(&device).timer = Some(Timer::Host(timer.clone()));
             let served = device.clone();
             let watch = thread.watch(timer, EventSet::IN | EventSet::EDGE_TRIGGERED, move |_| {
                 lock(&served).settle();
@@ -95,7 +105,8 @@ impl fmt::Debug for Cmos {
 
 impl Attach for Cmos {
     fn attach(self: Box<Self>, machine: &mut Machine) -> Result<()> {
-        let thread = if machine.has_irqchip() { Some(machine.io_thread("rtc")?) } else { None };
+        let threaded = machine.has_irqchip() && !machine.is_deterministic();
+        let thread = if threaded { Some(machine.io_thread("rtc")?) } else { None };
         self.attach_with(machine, thread.as_ref())
     }
 }
@@ -122,7 +133,15 @@ struct Device {
     state: State,
     clock: Clock,
     irq: IrqLine,
-    timer: Option<Arc<OwnedFd>>,
+    timer: Option<Timer>,
+}
+
+/// What wakes the device.
+enum Timer {
+    /// For an I/O thread that waits for it.
+    Host(Arc<OwnedFd>),
+    /// In the time of a deterministic machine.
+    Machine(vmcore::Timer, vmcore::Clock),
 }
 
 impl Device {
@@ -169,16 +188,24 @@ impl Device {
         let Some(timer) = &self.timer else { return };
         // What has interrupted does so again only after it was read: until then nothing comes.
         let next = if interrupt { None } else { self.state.rtc.next_event(now) };
-        let wait = next.map_or(Duration::ZERO, |at| at.saturating_sub(now).max(SHORTEST));
-        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let it_value = Timespec {
-            tv_sec: wait.as_secs().try_into().unwrap_or(i64::MAX),
-            tv_nsec: wait.subsec_nanos().into(),
-        };
-        let spec = Itimerspec { it_interval: zero, it_value };
-        if let Err(e) = timerfd_settime(timer, TimerfdTimerFlags::empty(), &spec) {
-            log::error!("the real-time clock does not interrupt: timerfd_settime: {e}");
+        let wait = next.map(|at| at.saturating_sub(now).max(SHORTEST));
+        match timer {
+            Timer::Host(timer) => arm(timer, wait.unwrap_or(Duration::ZERO)),
+            Timer::Machine(timer, clock) => timer.set(wait.map(|wait| clock.now().saturating_add(wait))),
         }
+    }
+}
+
+/// Has the host's timer ring once after `wait`; never where that is zero.
+fn arm(timer: &OwnedFd, wait: Duration) {
+    let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let it_value = Timespec {
+        tv_sec: wait.as_secs().try_into().unwrap_or(i64::MAX),
+        tv_nsec: wait.subsec_nanos().into(),
+    };
+    let spec = Itimerspec { it_interval: zero, it_value };
+    if let Err(e) = timerfd_settime(timer, TimerfdTimerFlags::empty(), &spec) {
+        log::error!("the real-time clock does not interrupt: timerfd_settime: {e}");
     }
 }
 
@@ -289,10 +316,11 @@ mod tests {
         }
         let (sender, rings) = mpsc::channel();
         let irq = IrqLine::new(Arc::new(Bell(Mutex::new(sender))), GSI);
-        let device = Arc::new(Mutex::new(Device::new(Cmos::new().clock, irq)));
+        let host = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        let device = Arc::new(Mutex::new(Device::new(Box::new(host), irq)));
         let thread = IoThread::new("rtc").unwrap();
         let timer = timer().unwrap();
-        lock(&device).timer = Some(timer.clone());
+        lock(&device).timer = Some(Timer::Host(timer.clone()));
         let served = device.clone();
         let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
         let _watch = thread.watch(timer, events, move |_| lock(&served).settle()).unwrap();

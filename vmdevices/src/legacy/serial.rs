@@ -34,6 +34,9 @@ const VERSION: u8 = 1;
 /// host until the guest listens (it enables the interrupt for received data, or polls the line
 /// status), and comes only as fast as the guest reads it: none is lost. What a guest clears from the
 /// receiver unread it gets again when it listens.
+///
+/// On a deterministic machine the guest's input is what the console has when the VM is built, up to
+/// 64 KiB; what comes later is not read.
 pub struct Serial {
     link: Link,
     name: &'static str,
@@ -72,6 +75,9 @@ impl Serial {
     /// Puts the port on `machine`, with `thread` to wait for the console.
     pub(crate) fn attach_with(mut self, machine: &mut Machine, thread: Option<&IoThread>) -> Result<()> {
         self.link.set_control(machine.control());
+        if machine.is_deterministic() {
+            self.link.end_input();
+        }
         let device = Arc::new(Mutex::new(SerialDevice::new(self.link, machine.irq_line(self.gsi))));
         machine.ports(self.base, PORTS, device.clone())?;
         machine.describe(AcpiDevice {
@@ -95,7 +101,8 @@ impl Serial {
 
 impl Attach for Serial {
     fn attach(mut self: Box<Self>, machine: &mut Machine) -> Result<()> {
-        let thread = if self.needs_thread() { Some(machine.io_thread("console")?) } else { None };
+        let threaded = self.needs_thread() && !machine.is_deterministic();
+        let thread = if threaded { Some(machine.io_thread("console")?) } else { None };
         self.attach_with(machine, thread.as_ref())
     }
 }

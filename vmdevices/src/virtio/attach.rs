@@ -27,7 +27,7 @@ pub fn mmio(device: impl VirtioDevice + 'static) -> MmioAttach {
 }
 
 /// A virtio device about to be attached; see [`mmio`]. It gets an I/O thread of its own unless told
-/// otherwise.
+/// otherwise, and on a deterministic machine is served on the vCPU's thread.
 pub struct MmioAttach {
     device: Box<dyn VirtioDevice>,
     threading: Option<Threading>,
@@ -76,7 +76,15 @@ impl Attach for MmioAttach {
         let number = machine.described(HID);
         let name = format!("virtio{number} (type {})", device.device_type().0);
         let threading = match threading {
+            Some(Threading::IoThreads(_)) if machine.is_deterministic() => {
+                return Err(Error::Config {
+                    what: "threading of a virtio device",
+                    value: "I/O threads on a deterministic VM".into(),
+                    fix: "leave it out: the device is served on the vCPU's thread".into(),
+                });
+            }
             Some(threading) => threading,
+            None if machine.is_deterministic() => Threading::Vcpu,
             None => Threading::IoThreads(vec![machine.io_thread(&format!("virtio{number}"))?]),
         };
         let interrupt = interrupt(machine, gsi)?;

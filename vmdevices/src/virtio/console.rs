@@ -33,6 +33,9 @@ const STATE_VERSION: u8 = 1;
 ///
 /// Output goes to the host as the guest writes it; input comes as fast as the guest takes it, and
 /// none is lost. The guest is told the size that the host's terminal has when the device is made.
+///
+/// On a deterministic machine the guest's input is what the console has when the VM is built, up to
+/// 64 KiB; what comes later is not read.
 #[derive(Debug)]
 pub struct VirtioConsole {
     /// The worker's while the device is active; kept here over resets.
@@ -84,7 +87,11 @@ impl VirtioDevice for VirtioConsole {
     }
 
     fn attached(&mut self, machine: &mut Machine) -> Result<()> {
-        lock(&self.link).set_control(machine.control());
+        let mut link = lock(&self.link);
+        link.set_control(machine.control());
+        if machine.is_deterministic() {
+            link.end_input();
+        }
         Ok(())
     }
 

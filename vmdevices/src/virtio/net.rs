@@ -9,7 +9,7 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 use vmcore::memory::MemoryMap;
-use vmcore::{Error, EventSet, GuestMemory, Result};
+use vmcore::{Error, EventSet, GuestMemory, Machine, Result};
 
 use super::device::{Activation, DeviceType, Progress, Source, VirtioDevice, Worker, read_config_bytes};
 use super::queue::{Chain, QueueError, VirtQueue};
@@ -113,6 +113,17 @@ impl VirtioDevice for Net {
         config[8] = 1;
         config[10..].copy_from_slice(&self.mtu.to_le_bytes());
         read_config_bytes(&config, offset, data);
+    }
+
+    fn attached(&mut self, machine: &mut Machine) -> Result<()> {
+        if machine.is_deterministic() {
+            return Err(Error::Config {
+                what: "network card",
+                value: "on a deterministic VM".into(),
+                fix: "leave it out: packets come when the host's network has them".into(),
+            });
+        }
+        Ok(())
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Vec<Box<dyn Worker>>> {

@@ -1,6 +1,6 @@
 //! virtio-rng: the host's random numbers (virtio 1.2, section 5.4).
 
-use vmcore::{GuestMemory, Result};
+use vmcore::{Entropy, GuestMemory, Machine, Result};
 
 use super::device::{Activation, DeviceType, Progress, VirtioDevice, Worker};
 use super::queue::{QueueError, VirtQueue};
@@ -12,9 +12,10 @@ const TURN: usize = 16;
 /// again.
 const MOST_BYTES: usize = 4096;
 
-/// An entropy source that hands out what `getrandom(2)` gives (virtio 1.2, section 5.4).
+/// An entropy source that hands out what `getrandom(2)` gives (virtio 1.2, section 5.4), or on a
+/// deterministic machine that one's numbers.
 #[derive(Debug, Default)]
-pub struct Rng(());
+pub struct Rng(Entropy);
 
 impl Rng {
     /// An entropy source.
@@ -34,15 +35,21 @@ impl VirtioDevice for Rng {
 
     fn read_config(&self, _: u64, _: &mut [u8]) {}
 
+    fn attached(&mut self, machine: &mut Machine) -> Result<()> {
+        self.0 = machine.entropy();
+        Ok(())
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<Vec<Box<dyn Worker>>> {
         let Activation { memory, queues, .. } = activation;
-        Ok(vec![Box::new(RngWorker { memory, queues })])
+        Ok(vec![Box::new(RngWorker { memory, queues, entropy: self.0.clone() })])
     }
 }
 
 struct RngWorker {
     memory: GuestMemory,
     queues: Vec<VirtQueue>,
+    entropy: Entropy,
 }
 
 impl Worker for RngWorker {
@@ -52,6 +59,7 @@ impl Worker for RngWorker {
 
     fn notify(&mut self, _: u16) -> Result<Progress, QueueError> {
         let map = self.memory.snapshot();
+        let entropy = &self.entropy;
         let Some(queue) = self.queues.first_mut() else { return Ok(Progress::Idle) };
         queue.serve(&map, TURN, 1, |chain| {
             if !chain.readable.is_empty() {
@@ -59,15 +67,14 @@ impl Worker for RngWorker {
             }
             let mut into = chain.writable.take(MOST_BYTES);
             let mut written = 0;
+            let mut bytes = [0; 256];
             while !into.is_empty() {
-                match into.fill_random() {
-                    Ok(0) => break,
-                    Ok(count) => written += u32::try_from(count).unwrap_or(u32::MAX),
-                    Err(error) => {
-                        log::error!("virtio-rng: getrandom: {error}");
-                        break;
-                    }
+                let bytes = &mut bytes[..into.len().min(256)];
+                if let Err(error) = entropy.fill(bytes) {
+                    log::error!("virtio-rng: {error}");
+                    break;
                 }
+                written += u32::try_from(into.write(bytes)).unwrap_or(u32::MAX);
             }
             Ok(written)
         })

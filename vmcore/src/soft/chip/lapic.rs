@@ -286,9 +286,11 @@ impl Lapic {
         self.timer.expiry().filter(|_| self.lvt[lvt::TIMER] & lvt::MASKED == 0)
     }
 
-    /// After the timer has been set: has it looked at soon where it is due already.
+    /// After the timer has been set: has it looked at soon where it is due already, and where
+    /// instructions are counted until it is.
     fn attend_timer(&self, now: u64) {
-        if self.deadline().is_some_and(|deadline| deadline <= now) {
+        let counted = self.clock.world().is_some();
+        if self.deadline().is_some_and(|deadline| counted || deadline <= now) {
             self.link.demand_own(attention::TIMER);
         }
     }

@@ -287,8 +287,12 @@ pub(in crate::soft) struct Cpu {
     /// An interrupt or NMI waits that could not be delivered when it was last looked for: what makes
     /// it possible again asks for [`attention::EVENT`](super::link::attention::EVENT).
     pub(in crate::soft) held: bool,
-    /// Instructions completed.
+    /// A repeated string instruction is under way: with [`Stop::Again`].
+    pub(in crate::soft) repeating: bool,
+    /// Instructions completed, and exceptions raised.
     pub(in crate::soft) instructions: u64,
+    /// In a deterministic VM, while the vCPU runs: the VM's instructions less this vCPU's, modulo 2^64.
+    pub(in crate::soft) others: u64,
 
     pub(in crate::soft) stats: VcpuStats,
     pub(in crate::soft) mmu: Mmu,
@@ -342,7 +346,9 @@ impl Cpu {
             cr8: 0,
             nmi_masked: false,
             held: false,
+            repeating: false,
             instructions: 0,
+            others: 0,
             stats: VcpuStats::default(),
             mmu: Mmu::new(machine.memory.snapshot()),
             blocks: BlockCache::new(),

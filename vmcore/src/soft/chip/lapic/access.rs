@@ -186,6 +186,7 @@ impl Lapic {
         self.lvt[n] = value & lvt::WRITABLE[n] | masked;
         if n == lvt::TIMER {
             self.timer.set_mode(self.lvt[n]);
+            self.attend_timer(self.clock.now());
         }
     }
 
@@ -193,11 +194,13 @@ impl Lapic {
         self.poll();
         let now = self.clock.now();
         self.timer.set_initial(value, now);
+        self.attend_timer(now);
     }
 
     fn set_divide(&mut self, value: u32) {
         self.poll();
         let now = self.clock.now();
         self.timer.set_divide(value, now);
+        self.attend_timer(now);
     }
 }

@@ -234,6 +234,7 @@ pub(in crate::soft) fn repeat<S: StringOp, W: Word>(cpu: &mut Cpu, op: &Op) -> F
         if left == 0 {
             cpu.flags = flags;
             cpu.link.demand_own(attention::TIMER);
+            cpu.repeating = true;
             return Err(Stop::Again);
         }
         let bulk = !S::COMPARES && count >= BULK / W::SIZE && !cpu.flag(DF | TF);

@@ -90,14 +90,21 @@ fn rdpmc(cpu: &mut Cpu, _: &Op) -> Flow {
 
 /// RDRAND and RDSEED. CF clear says that there is no number now.
 fn random<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
+    let number = match cpu.machine.clock.world() {
+        Some(world) => Some(world.random()),
+        None => host_random(),
+    };
+    cpu.set_reg(op.dst, W::cut(number.unwrap_or(0)));
+    cpu.flags.set_bits(if number.is_some() { CF } else { 0 });
+    Ok(())
+}
+
+/// A random number of the host's, where it has one now.
+fn host_random() -> Option<u64> {
     let mut bytes = [0u8; 8];
     // SAFETY: the buffer is as long as is said.
     let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), libc::GRND_NONBLOCK) };
-    let got = usize::try_from(got) == Ok(bytes.len());
-    let value = if got { u64::from_le_bytes(bytes) } else { 0 };
-    cpu.set_reg(op.dst, W::cut(value));
-    cpu.flags.set_bits(if got { CF } else { 0 });
-    Ok(())
+    (usize::try_from(got) == Ok(bytes.len())).then(|| u64::from_le_bytes(bytes))
 }
 
 pub(super) fn select(i: &Instruction) -> Option<Selected> {

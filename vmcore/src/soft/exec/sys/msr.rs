@@ -414,6 +414,7 @@ impl Cpu {
 fn rdmsr(cpu: &mut Cpu, _: &Op) -> Flow {
     cpu.only_kernel()?;
     let index = cpu.r64(RCX) as u32;
+    cpu.tell_time();
     let Some(value) = cpu.read_msr(index) else {
         log::debug!("soft: vCPU {} reads the unknown MSR {index:#x}", cpu.link.id);
         return Err(cpu.gp(0));
@@ -427,6 +428,7 @@ fn wrmsr(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.only_kernel()?;
     let index = cpu.r64(RCX) as u32;
     let value = cpu.r64(RDX) << 32 | cpu.r64(RAX) & 0xffff_ffff;
+    cpu.tell_time();
     if !cpu.write_msr(index, value) {
         log::debug!("soft: vCPU {} cannot write {value:#x} to MSR {index:#x}", cpu.link.id);
         return Err(cpu.gp(0));

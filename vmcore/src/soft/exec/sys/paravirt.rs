@@ -52,10 +52,7 @@ impl Cpu {
 
     /// Writes the time of day at which the machine's clock was zero: version, seconds, nanoseconds.
     pub(super) fn write_wall_clock(&mut self, gpa: u64) {
-        let since_epoch = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .unwrap_or_default()
-            .saturating_sub(std::time::Duration::from_nanos(self.machine.clock.now()));
+        let since_epoch = self.machine.clock.epoch();
         let mut version = [0; 4];
         self.peek_physical(gpa, &mut version);
         let version = (u32::from_le_bytes(version) & !1).wrapping_add(2);

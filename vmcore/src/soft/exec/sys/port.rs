@@ -62,6 +62,7 @@ impl Cpu {
                 return next(self, op);
             }
             if self.link.wanted() {
+                self.repeating = true;
                 return Err(Stop::Again);
             }
         }

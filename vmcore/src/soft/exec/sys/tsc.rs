@@ -17,6 +17,7 @@ fn ticks(ns: u64, khz: u32) -> u64 {
 impl Cpu {
     /// The guest's TSC.
     pub(in crate::soft) fn tsc(&self) -> u64 {
+        self.tell_time();
         self.tsc_at(self.machine.clock.now())
     }
 
