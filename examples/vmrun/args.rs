@@ -104,6 +104,8 @@ pub enum EntryArg {
     Auto,
     /// A bzImage unpacks itself.
     Bzimage,
+    /// A bzImage's 16-bit setup code, with the services of a small BIOS.
+    Realmode,
     /// The PVH entry of an ELF kernel.
     Pvh,
     /// 16-bit code at 0x7c00.

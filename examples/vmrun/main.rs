@@ -148,16 +148,17 @@ fn boot(args: &Args, kernel: &Path) -> Result<Boot, Box<dyn std::error::Error>> 
         EntryArg::Auto => kind_of(kernel).map_err(|e| {
             format!("cannot open kernel {}: {e}; check the path and its permissions", kernel.display())
         })?,
-        EntryArg::Bzimage => Kind::Linux,
+        EntryArg::Bzimage | EntryArg::Realmode => Kind::Linux,
         EntryArg::Pvh => Kind::Pvh,
         EntryArg::Raw => Kind::Raw,
     };
     Ok(match kind {
         Kind::Linux => {
-            let mut linux = Linux::new(kernel).cmdline(&args.cmdline);
-            if args.entry == EntryArg::Bzimage {
-                linux = linux.entry(LinuxEntry::BzImage);
-            }
+            let linux = Linux::new(kernel).cmdline(&args.cmdline).entry(match args.entry {
+                EntryArg::Bzimage => LinuxEntry::BzImage,
+                EntryArg::Realmode => LinuxEntry::RealMode,
+                _ => LinuxEntry::Auto,
+            });
             match &args.initrd {
                 Some(initrd) => linux.initrd(initrd.as_path()),
                 None => linux,

@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, clippy::print_stdout, reason = "these are tests")]
 
 mod network;
+mod other;
 
 use std::io;
 use std::net::{Shutdown, TcpListener};
@@ -29,14 +30,19 @@ fn accel() -> Accel {
 
 /// Where the guests are, or `None` after saying why the test is skipped.
 fn guests() -> Option<PathBuf> {
+    guests_with("cloud/initrd.img")
+}
+
+/// [`guests`], where `needed` is among them.
+fn guests_with(needed: &str) -> Option<PathBuf> {
     let directory = std::env::var_os("VMCORE_GUESTS")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guests"), PathBuf::from);
     let report = host::check();
     let usable = report.backends.iter().any(|backend| backend.status == Status::Usable);
     let reason = if !usable {
         format!("no backend here runs kernels: {}", report.backends[0].reason)
-    } else if !directory.join("cloud/initrd.img").exists() {
-        format!("no guests in {}: run examples/guest/build", directory.display())
+    } else if !directory.join(needed).exists() {
+        format!("no {needed} in {}: run examples/guest/build", directory.display())
     } else {
         return Some(directory);
     };
@@ -45,11 +51,18 @@ fn guests() -> Option<PathBuf> {
     None
 }
 
+/// The kernel `name` and its initial RAM disk, where they are there.
+fn kernel(name: &str, scenario: &str) -> Option<(PathBuf, Case)> {
+    let file = |file: &str| format!("{name}/{file}");
+    let case = Case { kernel: file("vmlinuz"), initrd: file("initrd.img"), ..Case::new(scenario) };
+    guests_with(&case.initrd).map(|guests| (guests, case))
+}
+
 /// One boot of an initial RAM disk.
 #[derive(Clone, Debug)]
 struct Case {
-    kernel: &'static str,
-    initrd: &'static str,
+    kernel: String,
+    initrd: String,
     entry: LinuxEntry,
     cpus: u32,
     memory_mib: u64,
@@ -61,8 +74,8 @@ struct Case {
 impl Case {
     fn new(scenario: &str) -> Self {
         Self {
-            kernel: "cloud/vmlinuz",
-            initrd: "cloud/initrd.img",
+            kernel: "cloud/vmlinuz".into(),
+            initrd: "cloud/initrd.img".into(),
             entry: LinuxEntry::Auto,
             cpus: 1,
             memory_mib: 256,
@@ -73,14 +86,14 @@ impl Case {
     }
 
     fn generic(self) -> Self {
-        Self { kernel: "generic/vmlinuz", initrd: "generic/initrd.img", ..self }
+        Self { kernel: "generic/vmlinuz".into(), initrd: "generic/initrd.img".into(), ..self }
     }
 
     /// Runs the guest to its end; gives the outcome and all it wrote.
     fn run(&self, guests: &Path) -> (Outcome, String) {
         let (serial, script) = console::memory().unwrap();
-        let linux = Linux::new(guests.join(self.kernel))
-            .initrd(guests.join(self.initrd))
+        let linux = Linux::new(guests.join(&self.kernel))
+            .initrd(guests.join(&self.initrd))
             .cmdline(&self.cmdline)
             .entry(self.entry);
         let mut vm = Vm::builder()
@@ -137,7 +150,7 @@ fn four_vcpus_and_six_gib_power_off() {
 #[test]
 fn a_vmlinux_boots_as_its_bzimage_does() {
     let Some(guests) = guests() else { return };
-    Case { kernel: "cloud/vmlinux", ..Case::new("poweroff") }.ends(&guests, Outcome::PowerOff);
+    Case { kernel: "cloud/vmlinux".into(), ..Case::new("poweroff") }.ends(&guests, Outcome::PowerOff);
 }
 
 #[test]
