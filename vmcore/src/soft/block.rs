@@ -22,13 +22,18 @@ use super::cpu::{Cpu, Leave, RBP, RSP};
 use super::decode;
 use super::link::attention;
 use super::memory::granules;
+use super::peephole::Peephole;
 use crate::memory::PAGE_SIZE;
 
 /// Most instructions of a block, without the one that ends it.
 const LONGEST: usize = 64;
 
-/// When the cache holds so many instructions, all of it is dropped: 16 MiB a vCPU.
-const MOST_INSTRUCTIONS: usize = (16 << 20) / size_of::<Op>();
+/// When the blocks of a vCPU take so many bytes, all of them are dropped.
+const MOST_BYTES: usize = 16 << 20;
+
+/// What a block takes besides itself and its instructions: its entry in the map of blocks, which is
+/// half full on average, its keys in the lists of its pages, and the allocator's overhead.
+const BYTES_AROUND: usize = 2 * size_of::<((u64, u8), Box<Block>)>() + 2 * size_of::<(u64, u8)>() + 48;
 
 /// Retired blocks kept before the jump cache is cleared to free them.
 const MOST_RETIRED: usize = 512;
@@ -46,6 +51,13 @@ pub(in crate::soft) struct Block {
     /// The page of its last instruction's tail, where that is another one.
     second: Option<u64>,
     retired: Cell<bool>,
+}
+
+impl Block {
+    /// What it takes of the cache, about.
+    fn bytes(&self) -> usize {
+        size_of_val(&*self.ops) + size_of::<Self>() + BYTES_AROUND
+    }
 }
 
 /// What a linear address led to last.
@@ -112,7 +124,8 @@ pub(in crate::soft) struct BlockCache {
     #[expect(clippy::vec_box, reason = "pointers to the blocks stay valid when they are retired")]
     retired: Vec<Box<Block>>,
     jumps: Box<[Jump; JUMPS]>,
-    instructions: usize,
+    /// What `blocks` take, about: see [`Block::bytes`].
+    bytes: usize,
     /// The block under execution, while there is one.
     current: Option<NonNull<Block>>,
 }
@@ -127,7 +140,7 @@ impl BlockCache {
             pages: Map::default(),
             retired: Vec::new(),
             jumps: Box::new([NOWHERE; JUMPS]),
-            instructions: 0,
+            bytes: 0,
             current: None,
         }
     }
@@ -143,13 +156,18 @@ impl BlockCache {
         let Some(keys) = self.pages.remove(&(page & !(PAGE_SIZE - 1))) else { return false };
         for key in keys {
             if let Some(block) = self.blocks.remove(&key) {
-                block.retired.set(true);
                 block.ops.iter().for_each(|op| op.run.set(again));
-                self.instructions = self.instructions.saturating_sub(block.ops.len());
-                self.retired.push(block);
+                self.retire(block);
             }
         }
         true
+    }
+
+    /// Keeps a block that has left the cache until nobody has a pointer to it.
+    fn retire(&mut self, block: Box<Block>) {
+        block.retired.set(true);
+        self.bytes = self.bytes.saturating_sub(block.bytes());
+        self.retired.push(block);
     }
 
     /// Makes the block under execution end after the present instruction.
@@ -163,18 +181,24 @@ impl BlockCache {
         if self.blocks.get(&key).is_some_and(|kept| std::ptr::eq(&raw const **kept, current.as_ptr()))
             && let Some(block) = self.blocks.remove(&key)
         {
-            self.retired.push(block);
+            self.retire(block);
         }
     }
 
     /// Frees what has been retired, when it is much. Only to be called between blocks.
     fn sweep(&mut self) {
-        if self.instructions > MOST_INSTRUCTIONS {
+        if self.bytes > MOST_BYTES {
             self.clear();
         } else if self.retired.len() > MOST_RETIRED {
             self.jumps.fill(NOWHERE);
             self.retired.clear();
         }
+    }
+
+    /// What the blocks take, and may take, in bytes.
+    #[cfg(test)]
+    pub(in crate::soft) fn size(&self) -> (usize, usize) {
+        (self.bytes, MOST_BYTES)
     }
 
     fn jump_index(rip: u64) -> usize {
@@ -194,7 +218,7 @@ fn again(cpu: &mut Cpu, _: &Op) -> Flow {
 pub(in crate::soft) fn fall_through(cpu: &mut Cpu, op: &Op) -> Flow {
     let next = cpu.next_rip(op);
     cpu.set_rip(next);
-    Err(Stop::Next)
+    cpu.follow(op)
 }
 
 impl Cpu {
@@ -251,12 +275,14 @@ impl Cpu {
         Ok(found)
     }
 
-    /// Executes `block` until an instruction does not simply come to its end. RIP is then that of the
-    /// next instruction to execute, or of the one that faulted.
+    /// Executes `block`, and where they are known up to `more` blocks that come after it, until an
+    /// instruction does not simply come to its end. RIP is then that of the next instruction to execute,
+    /// or of the one that faulted.
     #[inline(always)]
-    pub(in crate::soft) fn run_block(&mut self, found: Found) -> Stop {
+    pub(in crate::soft) fn run_block(&mut self, found: Found, more: u32) -> Stop {
         // The caller has it from `find_block` and has not called it since, or owns the block.
         self.blocks.current = Some(found.block);
+        self.more = more;
         let stop = self.run_ops(found.ops);
         self.blocks.current = None;
         stop
@@ -264,8 +290,8 @@ impl Cpu {
 
     #[inline(always)]
     fn run_ops(&mut self, ops: *const Op) -> Stop {
-        let first = ops.expose_provenance();
-        self.at = first;
+        self.at = ops.expose_provenance();
+        self.first = self.at;
         loop {
             let op = std::ptr::with_exposed_provenance::<Op>(self.at);
             // SAFETY: the last op of a block never returns `Ok`, nor goes on: handlers that are said to
@@ -278,12 +304,11 @@ impl Cpu {
                     let op = std::ptr::with_exposed_provenance::<Op>(self.at);
                     // SAFETY: as above.
                     let op = unsafe { &*op };
-                    let before = ((self.at - first) / size_of::<Op>()) as u64;
+                    let before = self.before(op);
                     if stop != Stop::Next {
                         return self.stopped(stop, op, before);
                     }
-                    // The end of a block that does not end itself is no instruction.
-                    self.instructions += before + u64::from(op.len != 0);
+                    self.instructions += before + Self::counts(op);
                     return stop;
                 }
             }
@@ -296,12 +321,52 @@ impl Cpu {
     pub(in crate::soft) fn tell_time(&self) {
         if let Some(world) = self.machine.clock.world() {
             // Between blocks it has been told.
-            let Some(block) = self.blocks.current else { return };
-            // SAFETY: `run_block` has set it and has not returned.
-            let first = unsafe { block.as_ref() }.ops.as_ptr().addr();
-            let before = (self.at.wrapping_sub(first) / size_of::<Op>()) as u64;
+            if self.blocks.current.is_none() {
+                return;
+            }
+            let before = (self.at.wrapping_sub(self.first) / size_of::<Op>()) as u64;
             world.set_instructions(self.others.wrapping_add(self.instructions + before));
         }
+    }
+
+    /// How many instructions of the block come before `op`.
+    #[inline(always)]
+    fn before(&self, op: &Op) -> u64 {
+        (((&raw const *op).addr() - self.first) / size_of::<Op>()) as u64
+    }
+
+    /// How many instructions `op` is: the end of a block that does not end itself is none.
+    #[inline(always)]
+    fn counts(op: &Op) -> u64 {
+        u64::from(op.len != 0)
+    }
+
+    /// Goes on to the block at RIP, which `op` has just set: the last act of handlers that end a block
+    /// and have changed nothing that others than branches do not change. Where the block is not at
+    /// hand, or something else has to be done before it, they return.
+    ///
+    /// Where the compiler makes no jump of this, calls are nested as deep as [`Cpu::run_block`]'s `more`
+    /// blocks have instructions.
+    #[inline(always)]
+    pub(in crate::soft) fn follow(&mut self, op: &Op) -> Flow {
+        self.at = (&raw const *op).addr();
+        if self.more == 0 || self.link.wanted() {
+            return Err(Stop::Next);
+        }
+        let rip = self.block_address();
+        let jump = &self.blocks.jumps[BlockCache::jump_index(rip)];
+        if jump.rip != rip || jump.context != self.mmu.context() {
+            return Err(Stop::Next);
+        }
+        let found = jump.found;
+        self.more -= 1;
+        self.instructions += self.before(op) + Self::counts(op);
+        self.blocks.current = Some(found.block);
+        self.at = found.ops.expose_provenance();
+        self.first = self.at;
+        // SAFETY: as in `find_block`: a block in the jump cache is kept.
+        let first = unsafe { &*found.ops };
+        (first.run.get())(self, first)
     }
 
     /// The block has stopped at `op`, after `before` instructions, otherwise than to go on.
@@ -325,11 +390,17 @@ impl Cpu {
     /// Where it does not there are as many calls as a block has instructions.
     #[inline(always)]
     pub(in crate::soft) fn go_on(&mut self, op: &Op) -> Flow {
-        self.at = (&raw const *op).addr() + size_of::<Op>();
-        let next = std::ptr::with_exposed_provenance::<Op>(self.at);
-        // SAFETY: `run_ops` has exposed the block's ops, and `op` is not the last of them.
-        let next = unsafe { &*next };
+        let next = self.behind(op);
+        self.at = (&raw const *next).addr();
         (next.run.get())(self, next)
+    }
+
+    /// The instruction after `op`, which is under execution and does not end its block.
+    #[inline(always)]
+    pub(in crate::soft) fn behind<'a>(&self, op: &'a Op) -> &'a Op {
+        let next = std::ptr::with_exposed_provenance::<Op>((&raw const *op).addr() + size_of::<Op>());
+        // SAFETY: `run_ops` has exposed the block's ops, and `op` is not the last of them.
+        unsafe { &*next }
     }
 
     /// Linear address of the byte at `offset` from RIP.
@@ -390,9 +461,9 @@ impl Cpu {
     }
 
     /// A block of one instruction.
-    pub(in crate::soft) fn block_of(decode::Decoded { op, ends, .. }: decode::Decoded) -> Box<Block> {
+    pub(in crate::soft) fn block_of(decode::Decoded { op, selected, .. }: decode::Decoded) -> Box<Block> {
         let mut ops = vec![op];
-        if !ends {
+        if !selected.ends {
             ops.push(Self::end_op(&ops));
         }
         Box::new(Block { ops: ops.into(), gpa: 0, mode: 0, second: None, retired: Cell::new(false) })
@@ -407,6 +478,7 @@ impl Cpu {
     fn make_block(&mut self, at: u64, gpa: u64) -> Result<NonNull<Block>, Stop> {
         let page_left = PAGE_SIZE - at % PAGE_SIZE;
         let mut ops: Vec<Op> = Vec::with_capacity(16);
+        let mut peephole = Peephole::default();
         let mut second = None;
         let mut offset = 0u64;
         let ended = loop {
@@ -422,8 +494,9 @@ impl Cpu {
             }
             offset += u64::from(decoded.op.len);
             second = decoded.second;
-            ops.push(decoded.op);
-            if decoded.ends {
+            let ends = decoded.selected.ends;
+            peephole.push(&mut ops, decoded);
+            if ends {
                 break true;
             }
             if ops.len() >= LONGEST || offset >= page_left {
@@ -435,16 +508,18 @@ impl Cpu {
         }
         let key = (gpa, self.mode.key());
         let block = Block { ops: ops.into(), gpa, mode: key.1, second, retired: Cell::new(false) };
-        self.blocks.instructions += block.ops.len();
+        self.blocks.bytes += block.bytes();
         let block = Box::new(block);
         let pointer = NonNull::from(&*block);
         for page in [Some(gpa & !(PAGE_SIZE - 1)), second].into_iter().flatten() {
-            self.blocks.pages.entry(page).or_default().push(key);
+            let keys = self.blocks.pages.entry(page).or_default();
+            if !keys.contains(&key) {
+                keys.push(key);
+            }
         }
         if let Some(old) = self.blocks.blocks.insert(key, block) {
             // The same code with another second page.
-            old.retired.set(true);
-            self.blocks.retired.push(old);
+            self.blocks.retire(old);
         }
         Ok(pointer)
     }

@@ -78,16 +78,16 @@ impl SoftVcpu {
         let cpu = &mut self.cpu;
         loop {
             let left = until.saturating_sub(cpu.instructions);
-            let in_shadow = cpu.shadow.sti | cpu.shadow.mov_ss;
+            let in_shadow = cpu.in_shadow();
             let found = match cpu.find_block() {
                 Ok(found) => found,
                 Err(stop) => return stop,
             };
             let stop = if !in_shadow && found.longest() <= left {
-                cpu.run_block(found)
+                cpu.run_block(found, 0)
             } else {
                 match cpu.single_block() {
-                    Ok(block) => cpu.run_block(Found::new(&block)),
+                    Ok(block) => cpu.run_block(Found::new(&block), 0),
                     Err(stop) => return stop,
                 }
             };

@@ -12,8 +12,8 @@ use super::{block, exec, fp};
 /// A decoded instruction.
 pub(in crate::soft) struct Decoded {
     pub(in crate::soft) op: Op,
-    /// It is the last of its block.
-    pub(in crate::soft) ends: bool,
+    /// What its handler was chosen by.
+    pub(in crate::soft) selected: Selected,
     /// The page of its tail, where that is another one; the caller's to fill in.
     pub(in crate::soft) second: Option<u64>,
 }
@@ -72,7 +72,7 @@ pub(in crate::soft) fn decode(
     op.imm = selected.target.unwrap_or(op.imm);
     op.len = u8::try_from(length).unwrap_or(15);
     op.end = u16::try_from(offset).unwrap_or(u16::MAX).saturating_add(op.len.into());
-    Ok(Decoded { op, ends: selected.ends, second: None })
+    Ok(Decoded { op, selected, second: None })
 }
 
 /// With REX.B the bytes of PAUSE are an exchange with R8, whose F3 means nothing; iced does not say so.

@@ -7,6 +7,11 @@
 //! signal handler and nothing that VMs share; the one thread of its own that a VM may have waits for
 //! interrupt events, and there is none while no such events are registered (`irq_event`).
 //!
+//! Besides the guest's memory a vCPU takes at most about 20 MiB: its decoded blocks 16 MiB (a cap: when
+//! they take more they are dropped and made anew; blocks that wait to be freed come to 2 MiB at most),
+//! its translations up to 1.7 MiB. A VM takes another 8 bytes for every 4 KiB page of guest memory,
+//! which are resident only where code runs.
+//!
 //! [`BackendVcpu::run`]: crate::backend::BackendVcpu::run
 
 mod block;
@@ -23,6 +28,7 @@ mod irq_event;
 mod link;
 mod memory;
 mod mmu;
+mod peephole;
 mod state;
 mod vcpu;
 mod vm;

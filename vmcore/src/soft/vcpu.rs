@@ -22,6 +22,9 @@ use crate::state::{Regs, RunState, Sregs, VcpuState};
 /// Blocks between two looks at the clock: some microseconds.
 const BLOCKS_PER_LOOK: u32 = 512;
 
+/// Blocks that follow a block without the run loop's doing: see [`Cpu::follow`].
+const MORE_BLOCKS: u32 = 15;
+
 /// DR6.BS: a single step.
 const DR6_BS: u64 = 1 << 14;
 
@@ -109,12 +112,15 @@ impl SoftVcpu {
                 Ok(block) => block,
                 Err(stop) => return stop,
             };
-            match cpu.run_block(block) {
+            // An interrupt shadow is over with the next block.
+            let more = if cpu.in_shadow() { 0 } else { MORE_BLOCKS };
+            match cpu.run_block(block, more) {
                 Stop::Next => {}
                 stop => return stop,
             }
             cpu.end_shadow();
-            self.blocks -= 1;
+            let done = 1 + more - cpu.more;
+            self.blocks = self.blocks.saturating_sub(done);
             if self.blocks == 0 {
                 self.blocks = BLOCKS_PER_LOOK;
                 cpu.link.demand_own(attention::TIMER);
@@ -137,7 +143,7 @@ impl SoftVcpu {
             Ok(block) => block,
             Err(stop) => return stop,
         };
-        let stop = cpu.run_block(Found::new(&block));
+        let stop = cpu.run_block(Found::new(&block), 0);
         drop(block);
         if !matches!(stop, Stop::Next | Stop::Leave) {
             return stop;
@@ -379,6 +385,12 @@ impl Cpu {
         if self.shadow_next | self.shadow.sti | self.shadow.mov_ss {
             self.end_shadow_slow();
         }
+    }
+
+    /// Whether interrupts are held off by the instruction just executed.
+    #[inline(always)]
+    pub(super) fn in_shadow(&self) -> bool {
+        self.shadow.sti | self.shadow.mov_ss
     }
 
     #[cold]

@@ -240,6 +240,10 @@ pub(in crate::soft) struct Cpu {
     /// Address of the [`op::Op`] under execution, where handlers go on by themselves: see
     /// [`Cpu::go_on`].
     pub(in crate::soft) at: usize,
+    /// Address of the first [`op::Op`] of the block under execution.
+    pub(in crate::soft) first: usize,
+    /// How many blocks may still be executed before the run loop has its turn.
+    pub(in crate::soft) more: u32,
     /// RFLAGS without the arithmetic flags and bit 1. Set through [`Cpu::set_rflags`], which keeps
     /// what depends on AC, VM and TF.
     pub(in crate::soft) system_flags: u64,
@@ -314,6 +318,8 @@ impl Cpu {
             flags: Flags::default(),
             gpr: [0; 256],
             at: 0,
+            first: 0,
+            more: 0,
             system_flags: 0,
             seg_base: [0; 8],
             flat: 0,

@@ -104,6 +104,21 @@ impl Op {
     }
 }
 
+/// What an instruction makes of the arithmetic flags that it finds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::soft) enum FlagUse {
+    /// They may be seen: it reads them, or may stop before the end of its block.
+    Sees,
+    /// It reads none, always comes to its end, and leaves all or some of them as they were.
+    Ignores,
+    /// It reads none, always comes to its end, and sets every one of them.
+    Replaces,
+}
+
+/// Gives the handler that executes an instruction and, at once, the conditional branch with the
+/// condition of this number that follows it in 64-bit code.
+pub(in crate::soft) type WithBranch = fn(u8) -> Handler;
+
 /// What a handler was chosen for an instruction.
 #[derive(Clone, Copy)]
 pub(in crate::soft) struct Selected {
@@ -116,17 +131,44 @@ pub(in crate::soft) struct Selected {
     pub(in crate::soft) extra: u32,
     /// Address of generated code, for [`Op::imm`].
     pub(in crate::soft) target: Option<u64>,
+    /// What becomes of the flags before it.
+    pub(in crate::soft) flags: FlagUse,
+    /// The same without setting flags, for where nobody sees them.
+    pub(in crate::soft) quiet: Option<Handler>,
+    /// The same with the conditional branch that follows.
+    pub(in crate::soft) with_branch: Option<WithBranch>,
+    /// It is a conditional branch in 64-bit code, on the condition of this number.
+    pub(in crate::soft) condition: Option<u8>,
 }
 
 impl Selected {
     /// An instruction like most.
     pub(in crate::soft) fn plain(run: Handler) -> Self {
-        Self { run, ends: false, extra: 0, target: None }
+        Self {
+            run,
+            ends: false,
+            extra: 0,
+            target: None,
+            flags: FlagUse::Sees,
+            quiet: None,
+            with_branch: None,
+            condition: None,
+        }
     }
 
     /// An instruction that ends its block and sets RIP.
     pub(in crate::soft) fn last(run: Handler) -> Self {
-        Self { run, ends: true, extra: 0, target: None }
+        Self { ends: true, ..Self::plain(run) }
+    }
+
+    /// An instruction that does with the flags before it what `flags` says.
+    pub(in crate::soft) fn flagged(run: Handler, flags: FlagUse) -> Self {
+        Self { flags, ..Self::plain(run) }
+    }
+
+    /// The same, and where nobody sees the flags that it sets, `quiet` does.
+    pub(in crate::soft) fn or_quiet(self, quiet: Handler) -> Self {
+        Self { quiet: Some(quiet), ..self }
     }
 
     /// The same with `extra` for the handler.

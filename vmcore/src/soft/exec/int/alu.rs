@@ -1,12 +1,16 @@
 //! ADD, SUB and their relatives.
 
+use std::marker::PhantomData;
+
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::address::{Address, of_shape};
+use super::address::{Address, Base, Full, Shape, of_shape, shape};
+use super::branch::branch_behind;
+use super::condition::{Condition, on_condition};
 use super::{of_size, size_of_operand};
 use crate::soft::cpu::Cpu;
 use crate::soft::cpu::flags::Flags;
-use crate::soft::cpu::op::{Flow, Handler, Op, Selected};
+use crate::soft::cpu::op::{FlagUse, Flow, Op, Selected, WithBranch};
 use crate::soft::cpu::word::Word;
 
 /// An operation of two operands that sets all arithmetic flags.
@@ -15,12 +19,29 @@ trait Binary {
     fn result<W: Word>(a: W, b: W, carry: bool) -> W;
     /// Sets the flags after [`Binary::result`].
     fn flags<W: Word>(flags: &mut Flags, a: W, b: W, result: W);
+    /// Whether condition `C` holds after it; `flags` are set.
+    #[inline(always)]
+    fn holds<C: Condition, W: Word>(flags: &Flags, _a: W, _b: W, _result: W) -> bool {
+        C::holds(flags)
+    }
     /// Whether the result goes to the first operand.
     const STORES: bool = true;
 }
 
+/// `B` without its flags.
+struct Quiet<B>(PhantomData<B>);
+impl<B: Binary> Binary for Quiet<B> {
+    #[inline(always)]
+    fn result<W: Word>(a: W, b: W, carry: bool) -> W {
+        B::result(a, b, carry)
+    }
+    #[inline(always)]
+    fn flags<W: Word>(_: &mut Flags, _: W, _: W, _: W) {}
+    const STORES: bool = B::STORES;
+}
+
 macro_rules! binary {
-    ($($name:ident, |$a:ident, $b:ident, $carry:pat_param| $result:expr, $flags:ident $(, $stores:literal)?;)*) => { $(
+    ($($name:ident, |$a:ident, $b:ident, $carry:pat_param| $result:expr, $flags:ident $(, $stores:literal, $holds:ident)?;)*) => { $(
         struct $name;
         impl Binary for $name {
             #[inline(always)]
@@ -32,7 +53,12 @@ macro_rules! binary {
             fn flags<W: Word>(flags: &mut Flags, a: W, b: W, result: W) {
                 $flags(flags, a, b, result);
             }
-            $(const STORES: bool = $stores;)?
+            $(const STORES: bool = $stores;
+            #[inline(always)]
+            fn holds<C: Condition, W: Word>(flags: &Flags, a: W, b: W, result: W) -> bool {
+                $holds::<C, W>(flags, a, b, result)
+            }
+            )?
         }
     )* };
 }
@@ -42,9 +68,9 @@ binary! {
     Adc, |a, b, carry| a.wrapping_add(b).wrapping_add(carry.into()), add;
     Sub, |a, b, _| a.wrapping_sub(b), sub;
     Sbb, |a, b, borrow| a.wrapping_sub(b).wrapping_sub(borrow.into()), sub;
-    Cmp, |a, b, _| a.wrapping_sub(b), sub, false;
+    Cmp, |a, b, _| a.wrapping_sub(b), sub, false, compared;
     And, |a, b, _| a & b, logic;
-    Test, |a, b, _| a & b, logic, false;
+    Test, |a, b, _| a & b, logic, false, tested;
     Or, |a, b, _| a | b, logic;
     Xor, |a, b, _| a ^ b, logic;
 }
@@ -62,6 +88,35 @@ fn sub<W: Word>(flags: &mut Flags, a: W, b: W, result: W) {
 #[inline(always)]
 fn logic<W: Word>(flags: &mut Flags, _: W, _: W, result: W) {
     flags.set_logic(result);
+}
+
+/// Whether a condition holds after a comparison, without the detour over the flags where there is a way.
+#[inline(always)]
+fn compared<C: Condition, W: Word>(flags: &Flags, a: W, b: W, _: W) -> bool {
+    let (signed_a, signed_b) = (a.sext().cast_signed(), b.sext().cast_signed());
+    let positive = match C::CODE >> 1 {
+        1 => a.zext() < b.zext(),
+        2 => a == b,
+        3 => a.zext() <= b.zext(),
+        6 => signed_a < signed_b,
+        7 => signed_a <= signed_b,
+        _ => return C::holds(flags),
+    };
+    positive ^ (C::CODE & 1 != 0)
+}
+
+/// The same after a test, which clears CF and OF.
+#[inline(always)]
+fn tested<C: Condition, W: Word>(flags: &Flags, _: W, _: W, result: W) -> bool {
+    let signed = result.sext().cast_signed();
+    let positive = match C::CODE >> 1 {
+        0 | 1 => false,
+        2 | 3 => signed == 0,
+        4 | 6 => signed < 0,
+        7 => signed <= 0,
+        _ => return C::holds(flags),
+    };
+    positive ^ (C::CODE & 1 != 0)
 }
 
 #[inline(always)]
@@ -83,6 +138,52 @@ fn register_register<B: Binary, W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
 fn register_immediate<B: Binary, W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
     register::<B, W>(cpu, op, W::cut(op.imm));
     cpu.go_on(op)
+}
+
+/// A comparison and the branch behind it.
+#[inline(always)]
+fn then_branch<B: Binary, C: Condition, W: Word>(cpu: &mut Cpu, op: &Op, a: W, b: W) -> Flow {
+    let result = B::result(a, b, false);
+    B::flags(&mut cpu.flags, a, b, result);
+    let taken = B::holds::<C, W>(&cpu.flags, a, b, result);
+    branch_behind(cpu, op, taken)
+}
+
+fn register_register_branch<B: Binary, W: Word, C: Condition>(cpu: &mut Cpu, op: &Op) -> Flow {
+    let (a, b) = (cpu.reg::<W>(op.dst), cpu.reg::<W>(op.src));
+    then_branch::<B, C, W>(cpu, op, a, b)
+}
+
+fn register_immediate_branch<B: Binary, W: Word, C: Condition>(cpu: &mut Cpu, op: &Op) -> Flow {
+    let (a, b) = (cpu.reg::<W>(op.dst), W::cut(op.imm));
+    then_branch::<B, C, W>(cpu, op, a, b)
+}
+
+fn memory_immediate_branch<A: Address, B: Binary, W: Word, C: Condition>(cpu: &mut Cpu, op: &Op) -> Flow {
+    match cpu.load_fast(A::linear(cpu, op)) {
+        Some(a) => then_branch::<B, C, W>(cpu, op, a, W::cut(op.imm)),
+        // The branch is executed by itself.
+        None => memory_immediate::<B, W>(cpu, op),
+    }
+}
+
+/// The instances of a handler for the sixteen conditions, which are its last type parameter.
+macro_rules! for_branches {
+    ($handler:ident $(, $kind:ty)*) => {
+        |condition| on_condition!(condition, $handler $(, $kind)*)
+    };
+}
+
+/// What executes a comparison of operands of `size` bytes together with the branch behind it.
+macro_rules! with_branch {
+    ($size:expr, $handler:ident $(, $kind:ty)*) => {
+        match $size {
+            1 => for_branches!($handler $(, $kind)*, u8) as WithBranch,
+            2 => for_branches!($handler $(, $kind)*, u16),
+            4 => for_branches!($handler $(, $kind)*, u32),
+            _ => for_branches!($handler $(, $kind)*, u64),
+        }
+    };
 }
 
 fn register_memory_fast<A: Address, B: Binary, W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
@@ -166,6 +267,15 @@ trait Unary {
     fn flags<W: Word>(flags: &mut Flags, a: W, result: W);
 }
 
+impl<U: Unary> Unary for Quiet<U> {
+    #[inline(always)]
+    fn result<W: Word>(a: W) -> W {
+        U::result(a)
+    }
+    #[inline(always)]
+    fn flags<W: Word>(_: &mut Flags, _: W, _: W) {}
+}
+
 struct Inc;
 impl Unary for Inc {
     #[inline(always)]
@@ -244,44 +354,77 @@ fn unary_memory<U: Unary, W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
     Ok(())
 }
 
-fn binary<B: Binary>(i: &Instruction) -> Handler {
+/// `flags` is what the register forms do with the flags before them; the others may fault.
+fn binary<B: Binary>(i: &Instruction, flags: FlagUse) -> Selected {
     let size = size_of_operand(i, 0);
-    match (i.op0_kind(), i.op1_kind()) {
-        (OpKind::Register, OpKind::Register) => of_size!(size, register_register, B),
+    Selected::plain(match (i.op0_kind(), i.op1_kind()) {
+        (OpKind::Register, OpKind::Register) => {
+            return Selected::flagged(of_size!(size, register_register, B), flags).or_quiet(of_size!(
+                size,
+                register_register,
+                Quiet<B>
+            ));
+        }
         (OpKind::Register, OpKind::Memory) => of_shape!(i, size, register_memory_fast, register_memory, B),
-        (OpKind::Register, _) => of_size!(size, register_immediate, B),
+        (OpKind::Register, _) => {
+            return Selected::flagged(of_size!(size, register_immediate, B), flags).or_quiet(of_size!(
+                size,
+                register_immediate,
+                Quiet<B>
+            ));
+        }
         (_, OpKind::Register) if i.has_lock_prefix() => of_size!(size, memory_register, B),
         (_, OpKind::Register) => of_shape!(i, size, memory_register_fast, memory_register, B),
         _ if i.has_lock_prefix() => of_size!(size, memory_immediate, B),
         _ => of_shape!(i, size, memory_immediate_fast, memory_immediate, B),
-    }
+    })
 }
 
-fn unary<U: Unary>(i: &Instruction) -> Handler {
+/// CMP and TEST.
+fn comparison<B: Binary>(i: &Instruction) -> Selected {
     let size = size_of_operand(i, 0);
-    match i.op0_kind() {
-        OpKind::Register => of_size!(size, unary_register, U),
+    let with_branch = match (i.op0_kind(), i.op1_kind(), shape(i)) {
+        (OpKind::Register, OpKind::Register, _) => with_branch!(size, register_register_branch, B),
+        (_, OpKind::Register, _) | (_, OpKind::Memory, _) => return binary::<B>(i, FlagUse::Replaces),
+        (OpKind::Register, ..) => with_branch!(size, register_immediate_branch, B),
+        (.., Shape::Base) => with_branch!(size, memory_immediate_branch, Base, B),
+        (.., Shape::Full) => with_branch!(size, memory_immediate_branch, Full, B),
+        (.., Shape::General) => return binary::<B>(i, FlagUse::Replaces),
+    };
+    Selected { with_branch: Some(with_branch), ..binary::<B>(i, FlagUse::Replaces) }
+}
+
+fn unary<U: Unary>(i: &Instruction, flags: FlagUse) -> Selected {
+    let size = size_of_operand(i, 0);
+    Selected::plain(match i.op0_kind() {
+        OpKind::Register => {
+            return Selected::flagged(of_size!(size, unary_register, U), flags).or_quiet(of_size!(
+                size,
+                unary_register,
+                Quiet<U>
+            ));
+        }
         _ if i.has_lock_prefix() => of_size!(size, unary_memory, U),
         _ => of_shape!(i, size, unary_memory_fast, unary_memory, U),
-    }
+    })
 }
 
 pub(super) fn select(i: &Instruction) -> Option<Selected> {
-    let handler = match i.mnemonic() {
-        Mnemonic::Add => binary::<Add>(i),
-        Mnemonic::Adc => binary::<Adc>(i),
-        Mnemonic::Sub => binary::<Sub>(i),
-        Mnemonic::Sbb => binary::<Sbb>(i),
-        Mnemonic::Cmp => binary::<Cmp>(i),
-        Mnemonic::And => binary::<And>(i),
-        Mnemonic::Test => binary::<Test>(i),
-        Mnemonic::Or => binary::<Or>(i),
-        Mnemonic::Xor => binary::<Xor>(i),
-        Mnemonic::Inc => unary::<Inc>(i),
-        Mnemonic::Dec => unary::<Dec>(i),
-        Mnemonic::Neg => unary::<Neg>(i),
-        Mnemonic::Not => unary::<Not>(i),
+    Some(match i.mnemonic() {
+        Mnemonic::Add => binary::<Add>(i, FlagUse::Replaces),
+        Mnemonic::Adc => binary::<Adc>(i, FlagUse::Sees),
+        Mnemonic::Sub => binary::<Sub>(i, FlagUse::Replaces),
+        Mnemonic::Sbb => binary::<Sbb>(i, FlagUse::Sees),
+        Mnemonic::Cmp => comparison::<Cmp>(i),
+        Mnemonic::And => binary::<And>(i, FlagUse::Replaces),
+        Mnemonic::Test => comparison::<Test>(i),
+        Mnemonic::Or => binary::<Or>(i, FlagUse::Replaces),
+        Mnemonic::Xor => binary::<Xor>(i, FlagUse::Replaces),
+        // They leave CF, and NOT leaves all.
+        Mnemonic::Inc => unary::<Inc>(i, FlagUse::Ignores),
+        Mnemonic::Dec => unary::<Dec>(i, FlagUse::Ignores),
+        Mnemonic::Neg => unary::<Neg>(i, FlagUse::Replaces),
+        Mnemonic::Not => unary::<Not>(i, FlagUse::Ignores),
         _ => return None,
-    };
-    Some(Selected::plain(handler))
+    })
 }

@@ -32,10 +32,10 @@ fn check<W: Word>(cpu: &mut Cpu, target: u64) -> Flow {
 }
 
 #[inline(always)]
-fn go<W: Word>(cpu: &mut Cpu, target: u64) -> Flow {
+fn go<W: Word>(cpu: &mut Cpu, op: &Op, target: u64) -> Flow {
     check::<W>(cpu, target)?;
     cpu.set_rip(target);
-    Err(Stop::Next)
+    cpu.follow(op)
 }
 
 /// Goes to the relative target where `taken`, else on within the block.
@@ -45,26 +45,33 @@ fn branch<W: Word>(cpu: &mut Cpu, op: &Op, taken: bool) -> Flow {
         return cpu.go_on(op);
     }
     let target = relative::<W>(cpu, op);
-    go::<W>(cpu, target)
+    go::<W>(cpu, op, target)
+}
+
+/// Does what the conditional branch behind `op` does in 64-bit code, where its condition holds if `taken`.
+#[inline(always)]
+pub(super) fn branch_behind(cpu: &mut Cpu, op: &Op, taken: bool) -> Flow {
+    let jump = cpu.behind(op);
+    branch::<u64>(cpu, jump, taken)
 }
 
 fn jump<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
     let target = relative::<W>(cpu, op);
-    go::<W>(cpu, target)
+    go::<W>(cpu, op, target)
 }
 
 fn jump_register<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
     let target = cpu.reg::<W>(op.dst).zext();
-    go::<W>(cpu, target)
+    go::<W>(cpu, op, target)
 }
 
 #[inline(never)]
 fn jump_memory<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
     let target = cpu.load_operand::<W>(op)?.zext();
-    go::<W>(cpu, target)
+    go::<W>(cpu, op, target)
 }
 
-fn jump_if<C: Condition, W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
+fn jump_if<W: Word, C: Condition>(cpu: &mut Cpu, op: &Op) -> Flow {
     let taken = C::holds(&cpu.flags);
     branch::<W>(cpu, op, taken)
 }
@@ -73,7 +80,7 @@ fn jump_memory_fast<A: Address>(cpu: &mut Cpu, op: &Op) -> Flow {
     match cpu.load_fast(A::linear(cpu, op)) {
         Some(target) if canonical(target) => {
             cpu.set_rip(target);
-            Err(Stop::Next)
+            cpu.follow(op)
         }
         _ => jump_memory::<u64>(cpu, op),
     }
@@ -94,17 +101,17 @@ fn enter_fast(cpu: &mut Cpu, op: &Op, target: u64) -> bool {
 
 fn call_fast(cpu: &mut Cpu, op: &Op) -> Flow {
     let target = relative::<u64>(cpu, op);
-    if enter_fast(cpu, op, target) { Err(Stop::Next) } else { call::<u64>(cpu, op) }
+    if enter_fast(cpu, op, target) { cpu.follow(op) } else { call::<u64>(cpu, op) }
 }
 
 fn call_register_fast(cpu: &mut Cpu, op: &Op) -> Flow {
     let target = cpu.reg(op.dst);
-    if enter_fast(cpu, op, target) { Err(Stop::Next) } else { call_register::<u64>(cpu, op) }
+    if enter_fast(cpu, op, target) { cpu.follow(op) } else { call_register::<u64>(cpu, op) }
 }
 
 fn call_memory_fast<A: Address>(cpu: &mut Cpu, op: &Op) -> Flow {
     match cpu.load_fast(A::linear(cpu, op)) {
-        Some(target) if enter_fast(cpu, op, target) => Err(Stop::Next),
+        Some(target) if enter_fast(cpu, op, target) => cpu.follow(op),
         _ => call_memory::<u64>(cpu, op),
     }
 }
@@ -115,7 +122,7 @@ fn ret_fast(cpu: &mut Cpu, op: &Op) -> Flow {
         Some(target) if canonical(target) => {
             cpu.set_r64(SP.into(), sp.wrapping_add(8).wrapping_add(op.imm));
             cpu.set_rip(target);
-            Err(Stop::Next)
+            cpu.follow(op)
         }
         _ => ret::<u64>(cpu, op),
     }
@@ -272,5 +279,9 @@ pub(super) fn select(i: &Instruction) -> Option<Selected> {
     };
     // Where it is not taken a conditional branch goes on within the block.
     let conditional = !matches!(i.mnemonic(), Mnemonic::Jmp | Mnemonic::Call | Mnemonic::Ret);
-    Some(if conditional { Selected::plain(handler) } else { Selected::last(handler) })
+    Some(if conditional {
+        Selected { condition: condition::code(i).filter(|_| branch_size(i) == 8), ..Selected::plain(handler) }
+    } else {
+        Selected::last(handler)
+    })
 }

@@ -9,10 +9,15 @@ pub(super) struct If<const CODE: u8>;
 
 /// A condition on the arithmetic flags.
 pub(super) trait Condition {
+    /// The number that instructions encode it with.
+    const CODE: u8;
+
     fn holds(flags: &Flags) -> bool;
 }
 
 impl<const CODE: u8> Condition for If<CODE> {
+    const CODE: u8 = CODE;
+
     #[inline(always)]
     fn holds(flags: &Flags) -> bool {
         let positive = match CODE >> 1 {
@@ -38,27 +43,27 @@ pub(super) fn code(i: &Instruction) -> Option<u8> {
     }
 }
 
-/// The instance of a handler for condition number `$code`: the condition is its first type parameter.
+/// The instance of a handler for condition number `$code`: the condition is its last type parameter.
 macro_rules! on_condition {
-    ($code:expr, $handler:ident, $word:ty) => {{
+    ($code:expr, $handler:ident $(, $kind:ty)*) => {{
         use $crate::soft::exec::int::condition::If;
         match $code {
-            0 => $handler::<If<0>, $word> as $crate::soft::cpu::op::Handler,
-            1 => $handler::<If<1>, $word>,
-            2 => $handler::<If<2>, $word>,
-            3 => $handler::<If<3>, $word>,
-            4 => $handler::<If<4>, $word>,
-            5 => $handler::<If<5>, $word>,
-            6 => $handler::<If<6>, $word>,
-            7 => $handler::<If<7>, $word>,
-            8 => $handler::<If<8>, $word>,
-            9 => $handler::<If<9>, $word>,
-            10 => $handler::<If<10>, $word>,
-            11 => $handler::<If<11>, $word>,
-            12 => $handler::<If<12>, $word>,
-            13 => $handler::<If<13>, $word>,
-            14 => $handler::<If<14>, $word>,
-            _ => $handler::<If<15>, $word>,
+            0 => $handler::<$($kind,)* If<0>> as $crate::soft::cpu::op::Handler,
+            1 => $handler::<$($kind,)* If<1>>,
+            2 => $handler::<$($kind,)* If<2>>,
+            3 => $handler::<$($kind,)* If<3>>,
+            4 => $handler::<$($kind,)* If<4>>,
+            5 => $handler::<$($kind,)* If<5>>,
+            6 => $handler::<$($kind,)* If<6>>,
+            7 => $handler::<$($kind,)* If<7>>,
+            8 => $handler::<$($kind,)* If<8>>,
+            9 => $handler::<$($kind,)* If<9>>,
+            10 => $handler::<$($kind,)* If<10>>,
+            11 => $handler::<$($kind,)* If<11>>,
+            12 => $handler::<$($kind,)* If<12>>,
+            13 => $handler::<$($kind,)* If<13>>,
+            14 => $handler::<$($kind,)* If<14>>,
+            _ => $handler::<$($kind,)* If<15>>,
         }
     }};
 }

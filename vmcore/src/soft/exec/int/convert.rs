@@ -5,7 +5,7 @@ use iced_x86::{Instruction, Mnemonic};
 use super::{AH, AX, DX};
 use crate::soft::cpu::Cpu;
 use crate::soft::cpu::flags::{AF, CF, DF, OF, PF, SF, ZF};
-use crate::soft::cpu::op::{Flow, Handler, Op, Selected};
+use crate::soft::cpu::op::{FlagUse, Flow, Handler, Op, Selected};
 use crate::soft::cpu::word::Word;
 
 /// CBW, CWDE, CDQE: the accumulator's lower half to all of it.
@@ -97,5 +97,10 @@ pub(super) fn select(i: &Instruction) -> Option<Selected> {
         Mnemonic::Std => std,
         _ => return None,
     };
-    Some(Selected::plain(handler))
+    Some(match i.mnemonic() {
+        Mnemonic::Cbw | Mnemonic::Cwde | Mnemonic::Cdqe | Mnemonic::Cwd | Mnemonic::Cdq | Mnemonic::Cqo => {
+            Selected::flagged(handler, FlagUse::Ignores)
+        }
+        _ => Selected::plain(handler),
+    })
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 use iced_x86::{Instruction, Mnemonic};
 
 use super::size_of_operand;
-use crate::soft::cpu::op::{Flow, Handler, Op, Selected};
+use crate::soft::cpu::op::{FlagUse, Flow, Handler, Op, Selected};
 use crate::soft::cpu::word::Word;
 use crate::soft::cpu::{Cpu, vector};
 
@@ -62,7 +62,7 @@ pub(super) fn select(i: &Instruction) -> Option<Selected> {
         | Mnemonic::Prefetcht1
         | Mnemonic::Prefetcht2
         | Mnemonic::Prefetchit0
-        | Mnemonic::Prefetchit1 => nop,
+        | Mnemonic::Prefetchit1 => return Some(Selected::flagged(nop, FlagUse::Ignores)),
         Mnemonic::Pause => pause,
         Mnemonic::Mfence => full_fence,
         Mnemonic::Lfence | Mnemonic::Sfence => ordering_fence,

@@ -6,6 +6,8 @@
 mod address;
 mod alu;
 mod bits;
+#[cfg(test)]
+mod blocks;
 mod bmi;
 mod branch;
 mod condition;

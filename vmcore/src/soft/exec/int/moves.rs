@@ -6,7 +6,7 @@ use super::address::{Address, of_shape};
 use super::condition::{self, Condition, on_condition};
 use super::{in_memory, of_size, size_of_operand};
 use crate::soft::cpu::Cpu;
-use crate::soft::cpu::op::{Flow, Handler, Op, Selected};
+use crate::soft::cpu::op::{FlagUse, Flow, Handler, Op, Selected};
 use crate::soft::cpu::word::Word;
 
 fn register_register<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
@@ -176,13 +176,13 @@ fn conditional_move<C: Condition, W: Word>(cpu: &mut Cpu, op: &Op, value: W) {
     cpu.set_reg(op.dst, new);
 }
 
-fn cmov_register<C: Condition, W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
+fn cmov_register<W: Word, C: Condition>(cpu: &mut Cpu, op: &Op) -> Flow {
     let value = cpu.reg::<W>(op.src);
     conditional_move::<C, W>(cpu, op, value);
     cpu.go_on(op)
 }
 
-fn cmov_memory<C: Condition, W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
+fn cmov_memory<W: Word, C: Condition>(cpu: &mut Cpu, op: &Op) -> Flow {
     let value = cpu.load_operand::<W>(op)?;
     conditional_move::<C, W>(cpu, op, value);
     Ok(())
@@ -200,13 +200,13 @@ fn cmov(i: &Instruction) -> Option<Handler> {
     })
 }
 
-fn set_register<C: Condition, W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
+fn set_register<W: Word, C: Condition>(cpu: &mut Cpu, op: &Op) -> Flow {
     let value = C::holds(&cpu.flags);
     cpu.set_reg(op.dst, W::cut(value.into()));
     cpu.go_on(op)
 }
 
-fn set_memory<C: Condition, W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
+fn set_memory<W: Word, C: Condition>(cpu: &mut Cpu, op: &Op) -> Flow {
     let value = C::holds(&cpu.flags);
     cpu.store_operand(op, W::cut(value.into()))
 }
@@ -265,5 +265,12 @@ pub(super) fn select(i: &Instruction) -> Option<Selected> {
         | Mnemonic::Sets => set(i)?,
         _ => return None,
     };
-    Some(Selected::plain(handler))
+    let always_goes_on = match i.mnemonic() {
+        Mnemonic::Lea | Mnemonic::Bswap => true,
+        Mnemonic::Mov | Mnemonic::Movzx | Mnemonic::Movsx | Mnemonic::Movsxd => {
+            !in_memory(i, 0) && !in_memory(i, 1)
+        }
+        _ => false,
+    };
+    Some(Selected::flagged(handler, if always_goes_on { FlagUse::Ignores } else { FlagUse::Sees }))
 }

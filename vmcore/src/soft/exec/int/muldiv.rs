@@ -4,7 +4,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 use super::{AH, AX, DX, in_memory, of_size, size_of_operand};
 use crate::soft::cpu::flags::{AF, CF, OF};
-use crate::soft::cpu::op::{Flow, Handler, Op, Selected, Stop};
+use crate::soft::cpu::op::{FlagUse, Flow, Handler, Op, Selected, Stop};
 use crate::soft::cpu::word::Word;
 use crate::soft::cpu::{Cpu, vector};
 
@@ -102,6 +102,13 @@ fn imul_register<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.go_on(op)
 }
 
+/// The same without flags.
+fn imul_register_quiet<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
+    let (a, b) = (cpu.reg::<W>(op.dst), cpu.reg::<W>(op.src));
+    cpu.set_reg(op.dst, W::cut(a.zext().wrapping_mul(b.zext())));
+    cpu.go_on(op)
+}
+
 fn imul_memory<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
     let b = cpu.load_operand(op)?;
     let a = cpu.reg(op.dst);
@@ -112,6 +119,13 @@ fn imul_memory<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
 fn imul_register_immediate<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
     let a = cpu.reg(op.src);
     multiply::<W>(cpu, op, a, W::cut(op.imm));
+    cpu.go_on(op)
+}
+
+/// The same without flags.
+fn imul_register_immediate_quiet<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
+    let a = cpu.reg::<W>(op.src);
+    cpu.set_reg(op.dst, W::cut(a.zext().wrapping_mul(op.imm)));
     cpu.go_on(op)
 }
 
@@ -192,9 +206,16 @@ pub(super) fn select(i: &Instruction) -> Option<Selected> {
         (Mnemonic::Mul, ..) => of_size!(size, mul, Memory),
         (Mnemonic::Imul, 1, false, _) => of_size!(size, imul, Register),
         (Mnemonic::Imul, 1, ..) => of_size!(size, imul, Memory),
-        (Mnemonic::Imul, 2, _, false) => of_size!(size, imul_register),
+        // Only CF and OF are set.
+        (Mnemonic::Imul, 2, _, false) => {
+            let plain = Selected::flagged(of_size!(size, imul_register), FlagUse::Ignores);
+            return Some(plain.or_quiet(of_size!(size, imul_register_quiet)));
+        }
         (Mnemonic::Imul, 2, ..) => of_size!(size, imul_memory),
-        (Mnemonic::Imul, _, _, false) => of_size!(size, imul_register_immediate),
+        (Mnemonic::Imul, _, _, false) => {
+            let plain = Selected::flagged(of_size!(size, imul_register_immediate), FlagUse::Ignores);
+            return Some(plain.or_quiet(of_size!(size, imul_register_immediate_quiet)));
+        }
         (Mnemonic::Imul, ..) => of_size!(size, imul_memory_immediate),
         (Mnemonic::Div, _, false, _) => of_size!(size, div, Register),
         (Mnemonic::Div, ..) => of_size!(size, div, Memory),

@@ -118,17 +118,42 @@ impl Program {
         self.vcpu.cpu.rip()
     }
 
+    /// Runs 64-bit code at `rip` with `registers` (but RSP) to a HLT or a fault, in single steps if
+    /// `single`. Returns the registers with RIP and RFLAGS, and whether it was a fault.
+    pub(super) fn run_from(&mut self, rip: u64, registers: &[u64; 16], single: bool) -> (Vec<u64>, bool) {
+        Self::enter(&mut self.vcpu.cpu, 64);
+        (0..16).filter(|&r| r != RSP).for_each(|r| self.vcpu.cpu.set_r64(r, registers[r]));
+        self.vcpu.cpu.set_rflags(2);
+        self.vcpu.cpu.set_rip(rip);
+        self.vcpu.debug.single_step = single;
+        let fault = loop {
+            match self.vcpu.run(&mut NoIo).unwrap() {
+                VcpuExit::Debug { .. } if single => {}
+                VcpuExit::Halted => break false,
+                VcpuExit::TripleFault => break true,
+                other => panic!("{other:?} at {:#x}", self.vcpu.cpu.rip()),
+            }
+        };
+        let cpu = &self.vcpu.cpu;
+        ((0..16).map(|r| cpu.r64(r)).chain([cpu.rip(), cpu.rflags()]).collect(), fault)
+    }
+
+    /// What the decoded blocks take, and may take, in bytes.
+    pub(super) fn size_of_blocks(&self) -> (usize, usize) {
+        self.vcpu.cpu.blocks.size()
+    }
+
     pub(super) fn instructions(&self) -> u64 {
         self.vcpu.cpu.instructions
     }
 
-    fn bytes(&self, at: u64, len: usize) -> Vec<u8> {
+    pub(super) fn bytes(&self, at: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.memory.read(GuestAddress(at), &mut bytes).unwrap();
         bytes
     }
 
-    fn put(&self, at: u64, bytes: &[u8]) {
+    pub(super) fn put(&self, at: u64, bytes: &[u8]) {
         self.memory.write(GuestAddress(at), bytes).unwrap();
     }
 

@@ -1,11 +1,13 @@
 //! Shifts and rotations of one operand.
 
+use std::marker::PhantomData;
+
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::{CX, in_memory, of_size, size_of_operand};
 use crate::soft::cpu::Cpu;
 use crate::soft::cpu::flags::Flags;
-use crate::soft::cpu::op::{Flow, Handler, Op, Selected};
+use crate::soft::cpu::op::{FlagUse, Flow, Op, Selected};
 use crate::soft::cpu::word::Word;
 
 /// A shift or rotation by a count that is not zero and below 32, of 64-bit operands below 64.
@@ -15,6 +17,17 @@ use crate::soft::cpu::word::Word;
 trait Shift {
     fn result<W: Word>(a: W, count: u32, carry: bool) -> W;
     fn flags<W: Word>(flags: &mut Flags, a: W, count: u32, result: W);
+}
+
+/// `S` without its flags.
+struct Quiet<S>(PhantomData<S>);
+impl<S: Shift> Shift for Quiet<S> {
+    #[inline(always)]
+    fn result<W: Word>(a: W, count: u32, carry: bool) -> W {
+        S::result(a, count, carry)
+    }
+    #[inline(always)]
+    fn flags<W: Word>(_: &mut Flags, _: W, _: u32, _: W) {}
 }
 
 /// Bit `n` of `value`; bits beyond 63 are clear.
@@ -208,27 +221,34 @@ fn memory_counter<S: Shift, W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
     memory::<S, W>(cpu, op, count)
 }
 
-fn of<S: Shift>(i: &Instruction) -> Handler {
+/// `flags` is what it does, by a count that is not zero, with the flags before it.
+fn of<S: Shift>(i: &Instruction, flags: FlagUse) -> Selected {
     let size = size_of_operand(i, 0);
-    match (in_memory(i, 0), i.op1_kind()) {
+    Selected::plain(match (in_memory(i, 0), i.op1_kind()) {
         (false, OpKind::Register) => of_size!(size, register_counter, S),
-        (false, _) if (1..8 * size as u64).contains(&i.immediate(1)) => of_size!(size, register_by, S),
+        (false, _) if (1..8 * size as u64).contains(&i.immediate(1)) => {
+            return Selected::flagged(of_size!(size, register_by, S), flags).or_quiet(of_size!(
+                size,
+                register_by,
+                Quiet<S>
+            ));
+        }
         (false, _) => of_size!(size, register_immediate, S),
         (true, OpKind::Register) => of_size!(size, memory_counter, S),
         (true, _) => of_size!(size, memory_immediate, S),
-    }
+    })
 }
 
 pub(super) fn select(i: &Instruction) -> Option<Selected> {
-    let handler = match i.mnemonic() {
-        Mnemonic::Shl | Mnemonic::Sal => of::<Shl>(i),
-        Mnemonic::Shr => of::<Shr>(i),
-        Mnemonic::Sar => of::<Sar>(i),
-        Mnemonic::Rol => of::<Rol>(i),
-        Mnemonic::Ror => of::<Ror>(i),
-        Mnemonic::Rcl => of::<Rcl>(i),
-        Mnemonic::Rcr => of::<Rcr>(i),
+    Some(match i.mnemonic() {
+        Mnemonic::Shl | Mnemonic::Sal => of::<Shl>(i, FlagUse::Replaces),
+        Mnemonic::Shr => of::<Shr>(i, FlagUse::Replaces),
+        Mnemonic::Sar => of::<Sar>(i, FlagUse::Replaces),
+        // Rotations leave all but CF and OF.
+        Mnemonic::Rol => of::<Rol>(i, FlagUse::Ignores),
+        Mnemonic::Ror => of::<Ror>(i, FlagUse::Ignores),
+        Mnemonic::Rcl => of::<Rcl>(i, FlagUse::Sees),
+        Mnemonic::Rcr => of::<Rcr>(i, FlagUse::Sees),
         _ => return None,
-    };
-    Some(Selected::plain(handler))
+    })
 }
