@@ -104,3 +104,31 @@ fn a_reset_is_told_from_a_power_off() {
     assert_eq!(code, Some(0));
     assert!(messages.contains("the guest ended: Reset(Port)"), "{messages}");
 }
+
+/// Status, output and checkpoints of a deterministic run of its own process.
+fn deterministic(seed: &str) -> (Option<i32>, Vec<u8>, Vec<String>) {
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = directory.path().join("kernel");
+    std::fs::write(&kernel, guest(EXIT)).unwrap();
+    let ended = Command::new(env!("CARGO_BIN_EXE_vmrun"))
+        .args(["--entry", "raw", "--memory", "1M", "--deterministic", seed, "--checkpoint-every", "100000"])
+        .arg("--kernel")
+        .arg(&kernel)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let messages = String::from_utf8_lossy(&ended.stderr).into_owned();
+    let checkpoints = messages.lines().filter_map(|line| line.strip_prefix("checkpoint "));
+    (ended.status.code(), ended.stdout, checkpoints.map(str::to_owned).collect())
+}
+
+#[test]
+fn deterministic_runs_of_two_processes_have_the_same_checkpoints() {
+    let first = deterministic("7");
+    assert_eq!((first.0, first.1.as_slice()), (Some(11), expected().as_slice()));
+    // Three instructions a byte, and some.
+    assert_eq!(first.2.len(), 4, "{:?}", first.2);
+    assert!(first.2[0].starts_with("100000 ") && first.2[0].len() == 7 + 64, "{:?}", first.2);
+    assert_eq!(first, deterministic("7"));
+    assert_ne!(first.2, deterministic("8").2);
+}

@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroU64};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -80,6 +80,15 @@ pub struct Args {
     /// Write times, exits by reason and peak memory to FILE as JSON
     #[arg(long, value_name = "FILE")]
     pub stats: Option<PathBuf>,
+
+    /// Do the same in every run, on the software CPU: time follows from the instructions executed,
+    /// random numbers from SEED, and the guest gets no input
+    #[arg(long, value_name = "SEED", num_args = 0..=1, default_missing_value = "0")]
+    pub deterministic: Option<u64>,
+
+    /// Write a line "checkpoint COUNT HASH" to standard error every N instructions and at the end
+    #[arg(long, value_name = "N", requires = "deterministic", conflicts_with = "timeout")]
+    pub checkpoint_every: Option<NonZeroU64>,
 
     /// Say which backends this host has, and end
     #[arg(long)]
@@ -273,6 +282,16 @@ mod tests {
         assert_eq!(console("./a=b"), ConsoleArg::File("./a=b".into()));
         assert_eq!(console("unix=/run/vm.sock"), ConsoleArg::Unix("/run/vm.sock".into()));
         refused(&["--console", "unix="], &["unix=PATH"]);
+    }
+
+    #[test]
+    fn the_deterministic_mode_has_a_seed_and_checkpoints() {
+        assert_eq!(parse(&[]).unwrap().deterministic, None);
+        assert_eq!(parse(&["--deterministic", "--memory", "64M"]).unwrap().deterministic, Some(0));
+        let args = parse(&["--deterministic", "7", "--checkpoint-every", "1000"]).unwrap();
+        assert_eq!((args.deterministic, args.checkpoint_every), (Some(7), NonZeroU64::new(1000)));
+        assert!(parse(&["--checkpoint-every", "1000"]).is_err());
+        assert!(parse(&["--deterministic", "--checkpoint-every", "0"]).is_err());
     }
 
     #[test]

@@ -12,8 +12,8 @@ use std::time::Instant;
 use clap::Parser;
 use vmcore::boot::{Boot, Linux, LinuxEntry, Multiboot, Pvh, Raw, RawMode};
 use vmcore::host::{Report, Status};
-use vmcore::{Accel, Outcome, Vm, VmBuilder};
-use vmdevices::console::{self, Console, Socket, Stdio};
+use vmcore::{Accel, Deterministic, Outcome, Vm, VmBuilder};
+use vmdevices::console::{self, Callback, Console, Socket, Stdio};
 use vmdevices::{Disk, Net, Pc, Rng};
 
 use args::{AccelArg, Args, ConsoleArg, EntryArg, NetArg};
@@ -52,9 +52,10 @@ fn run(args: &Args, begin: Instant) -> Result<u8, Box<dyn std::error::Error>> {
     // Standard error is not buffered: one text is one write.
     let using = format!("vmrun: using {}: {}\r\n", vm.backend(), vm.backend_reason());
     eprint!("{using}");
-    let outcome = match args.timeout {
-        Some(limit) => vm.run_for(limit.saturating_sub(begin.elapsed())),
-        None => vm.run(),
+    let outcome = match (args.timeout, args.checkpoint_every) {
+        (Some(limit), _) => vm.run_for(limit.saturating_sub(begin.elapsed())),
+        (None, Some(every)) => run_with_checkpoints(&mut vm, every.get()),
+        (None, None) => vm.run(),
     };
     times.ended();
     // Whatever the outcome: the figures up to there are wanted most when something went wrong.
@@ -70,6 +71,18 @@ fn run(args: &Args, begin: Instant) -> Result<u8, Box<dyn std::error::Error>> {
         eprintln!("vmrun: the guest ended: {outcome:?}");
     }
     Ok(exit_status(outcome))
+}
+
+/// Runs to the guest's end, and says every so many instructions and there what state it is in.
+fn run_with_checkpoints(vm: &mut Vm, every: u64) -> vmcore::Result<Outcome> {
+    loop {
+        let outcome = vm.run_instructions(every)?;
+        let line = format!("checkpoint {} {}\r\n", vm.instructions().unwrap_or(0), vm.state_hash()?);
+        eprint!("{line}");
+        if outcome != Outcome::InstructionLimit {
+            return Ok(outcome);
+        }
+    }
 }
 
 fn cannot_write(path: &Path, error: &io::Error) -> String {
@@ -103,7 +116,7 @@ fn exit_status(outcome: Outcome) -> u8 {
 
 fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
     let kernel = args.kernel.as_deref().ok_or("no --kernel")?;
-    let mut pc = Pc::new().serial(times.watch(console(&args.console)?));
+    let mut pc = Pc::new().serial(times.watch(console(args)?));
     if args.exit_port != 0 {
         pc = pc.exit_port(args.exit_port);
     }
@@ -122,6 +135,9 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
     if let Some(khz) = args.tsc_khz {
         builder = builder.tsc_khz(khz);
     }
+    if let Some(seed) = args.deterministic {
+        builder = builder.deterministic(Deterministic::seeded(seed));
+    }
     for disk in &args.disks {
         let image = if disk.read_only { Disk::open_read_only(&disk.path) } else { Disk::open(&disk.path) };
         builder = builder.attach(image?);
@@ -135,8 +151,15 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
     Ok(builder.build()?)
 }
 
-fn console(target: &ConsoleArg) -> vmcore::Result<Box<dyn Console>> {
-    Ok(match target {
+fn console(args: &Args) -> vmcore::Result<Box<dyn Console>> {
+    Ok(match &args.console {
+        // No input is read, so that the terminal keeps its keys: Ctrl-C ends the program.
+        ConsoleArg::Stdio if args.deterministic.is_some() => Box::new(Callback::new(|bytes: &[u8]| {
+            let mut output = io::stdout();
+            if let Err(error) = output.write_all(bytes).and_then(|()| output.flush()) {
+                log::warn!("console output is lost: {error}");
+            }
+        })),
         ConsoleArg::Stdio => Box::new(Stdio::new()?),
         ConsoleArg::File(path) => Box::new(console::File::create(path)?),
         ConsoleArg::Unix(path) => Box::new(Socket::listen(path)?),

