@@ -21,6 +21,7 @@ test: lint unit docs boot
 lint:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy -p vmcore --no-default-features --all-targets -- -D warnings
 	@! cargo tree --workspace -d -e normal 2>/dev/null | grep '^vm-memory' || \
 	  { echo "two versions of vm-memory: their types do not mix; see 'cargo tree -d'" >&2; exit 1; }
 

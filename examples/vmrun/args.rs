@@ -57,6 +57,10 @@ pub struct Args {
     #[arg(long, value_name = "best|v1|v2|v3|v4|host", default_value_t = CpuModel::Best, value_parser = cpu)]
     pub cpu: CpuModel,
 
+    /// Frequency of the guest's TSC in kHz; the host's with KVM and 1000000 on the software CPU, unless said
+    #[arg(long, value_name = "KHZ")]
+    pub tsc_khz: Option<u32>,
+
     /// End the guest after this time, with status 124
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub timeout: Option<Duration>,
@@ -109,6 +113,8 @@ pub enum EntryArg {
     Auto,
     /// A bzImage unpacks itself.
     Bzimage,
+    /// A bzImage's 16-bit setup code, with the services of a small BIOS.
+    Realmode,
     /// The PVH entry of an ELF kernel.
     Pvh,
     /// 16-bit code at 0x7c00.

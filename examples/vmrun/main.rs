@@ -132,6 +132,9 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
         .acpi(!args.no_acpi)
         .boot(boot(args, kernel)?)
         .attach(pc);
+    if let Some(khz) = args.tsc_khz {
+        builder = builder.tsc_khz(khz);
+    }
     if let Some(seed) = args.deterministic {
         builder = builder.deterministic(Deterministic::seeded(seed));
     }
@@ -168,16 +171,17 @@ fn boot(args: &Args, kernel: &Path) -> Result<Boot, Box<dyn std::error::Error>> 
         EntryArg::Auto => kind_of(kernel).map_err(|e| {
             format!("cannot open kernel {}: {e}; check the path and its permissions", kernel.display())
         })?,
-        EntryArg::Bzimage => Kind::Linux,
+        EntryArg::Bzimage | EntryArg::Realmode => Kind::Linux,
         EntryArg::Pvh => Kind::Pvh,
         EntryArg::Raw => Kind::Raw,
     };
     Ok(match kind {
         Kind::Linux => {
-            let mut linux = Linux::new(kernel).cmdline(&args.cmdline);
-            if args.entry == EntryArg::Bzimage {
-                linux = linux.entry(LinuxEntry::BzImage);
-            }
+            let linux = Linux::new(kernel).cmdline(&args.cmdline).entry(match args.entry {
+                EntryArg::Bzimage => LinuxEntry::BzImage,
+                EntryArg::Realmode => LinuxEntry::RealMode,
+                _ => LinuxEntry::Auto,
+            });
             match &args.initrd {
                 Some(initrd) => linux.initrd(initrd.as_path()),
                 None => linux,

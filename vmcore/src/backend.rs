@@ -420,6 +420,14 @@ pub trait BackendVcpu: Send {
         None
     }
 
+    /// Sets the frequency of the guest's TSC in kHz. To be called before the vCPU first runs, and to be
+    /// the same for all vCPUs of a VM.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`](crate::Error::Unsupported) where the backend cannot make it so: KVM needs
+    /// a processor that scales the TSC, but for a frequency within 250 ppm of the host's.
+    fn set_tsc_khz(&mut self, khz: u32) -> Result<()>;
+
     /// Sets what the vCPU stops for, in place of what was set before.
     ///
     /// # Errors

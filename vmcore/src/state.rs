@@ -149,6 +149,22 @@ pub struct Msr {
     pub value: u64,
 }
 
+/// Whether an MSR says what the processor is, or belongs to what no model offers (SMM, Hyper-V):
+/// another backend, or another host, may keep its own value when a state is restored.
+pub(crate) fn describes_processor(index: u32) -> bool {
+    matches!(
+        index,
+        // IA32_FEATURE_CONTROL, microcode revision, platform information, ARCH_CAPABILITIES, MCG_CAP,
+        // PERF_CAPABILITIES, what VMX can do.
+        0x3a | 0x8b | 0xce | 0x10a | 0x179 | 0x345 | 0x480..=0x492
+        // AMD's HWCR, DE_CFG, known errata, and the ratio of a nested guest's TSC.
+        | 0xc001_0015 | 0xc001_1029 | 0xc001_0140 | 0xc001_0141 | 0xc000_0104
+        // SMBASE.
+        | 0x9e
+        | 0x4000_0000..=0x4000_0fff
+    )
+}
+
 /// An exception on its way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExceptionEvent {

@@ -221,6 +221,16 @@ impl Vcpu {
         self.inner.tsc_khz()
     }
 
+    /// Sets the frequency of the guest's TSC in kHz; before the first run, and the same for all vCPUs of
+    /// a VM.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`](crate::Error::Unsupported) where the backend cannot make it so: KVM needs
+    /// a processor that scales the TSC, but for a frequency within 250 ppm of the host's.
+    pub fn set_tsc_khz(&mut self, khz: u32) -> Result<()> {
+        self.inner.set_tsc_khz(khz)
+    }
+
     /// Sets what the vCPU stops for.
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, clippy::print_stdout, reason = "these are tests")]
 
 mod network;
+mod other;
 
 use std::io;
 use std::net::{Shutdown, TcpListener};
@@ -12,8 +13,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use vmcore::boot::{Linux, LinuxEntry};
+use vmcore::cpuid::CpuModel;
 use vmcore::host::{self, Status};
-use vmcore::{Accel, Outcome, ResetCause, Vm};
+use vmcore::{Accel, GuestAddress, Outcome, ResetCause, Vm};
 use vmdevices::console::Script;
 use vmdevices::net::Tap;
 use vmdevices::{Disk, Net, Pc, Rng, VirtioConsole, console};
@@ -28,14 +30,19 @@ fn accel() -> Accel {
 
 /// Where the guests are, or `None` after saying why the test is skipped.
 fn guests() -> Option<PathBuf> {
+    guests_with("cloud/initrd.img")
+}
+
+/// [`guests`], where `needed` is among them.
+fn guests_with(needed: &str) -> Option<PathBuf> {
     let directory = std::env::var_os("VMCORE_GUESTS")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guests"), PathBuf::from);
     let report = host::check();
     let usable = report.backends.iter().any(|backend| backend.status == Status::Usable);
     let reason = if !usable {
         format!("no backend here runs kernels: {}", report.backends[0].reason)
-    } else if !directory.join("cloud/initrd.img").exists() {
-        format!("no guests in {}: run examples/guest/build", directory.display())
+    } else if !directory.join(needed).exists() {
+        format!("no {needed} in {}: run examples/guest/build", directory.display())
     } else {
         return Some(directory);
     };
@@ -44,11 +51,18 @@ fn guests() -> Option<PathBuf> {
     None
 }
 
+/// The kernel `name` and its initial RAM disk, where they are there.
+fn kernel(name: &str, scenario: &str) -> Option<(PathBuf, Case)> {
+    let file = |file: &str| format!("{name}/{file}");
+    let case = Case { kernel: file("vmlinuz"), initrd: file("initrd.img"), ..Case::new(scenario) };
+    guests_with(&case.initrd).map(|guests| (guests, case))
+}
+
 /// One boot of an initial RAM disk.
 #[derive(Clone, Debug)]
 struct Case {
-    kernel: &'static str,
-    initrd: &'static str,
+    kernel: String,
+    initrd: String,
     entry: LinuxEntry,
     cpus: u32,
     memory_mib: u64,
@@ -60,8 +74,8 @@ struct Case {
 impl Case {
     fn new(scenario: &str) -> Self {
         Self {
-            kernel: "cloud/vmlinuz",
-            initrd: "cloud/initrd.img",
+            kernel: "cloud/vmlinuz".into(),
+            initrd: "cloud/initrd.img".into(),
             entry: LinuxEntry::Auto,
             cpus: 1,
             memory_mib: 256,
@@ -72,14 +86,14 @@ impl Case {
     }
 
     fn generic(self) -> Self {
-        Self { kernel: "generic/vmlinuz", initrd: "generic/initrd.img", ..self }
+        Self { kernel: "generic/vmlinuz".into(), initrd: "generic/initrd.img".into(), ..self }
     }
 
     /// Runs the guest to its end; gives the outcome and all it wrote.
     fn run(&self, guests: &Path) -> (Outcome, String) {
         let (serial, script) = console::memory().unwrap();
-        let linux = Linux::new(guests.join(self.kernel))
-            .initrd(guests.join(self.initrd))
+        let linux = Linux::new(guests.join(&self.kernel))
+            .initrd(guests.join(&self.initrd))
             .cmdline(&self.cmdline)
             .entry(self.entry);
         let mut vm = Vm::builder()
@@ -136,7 +150,7 @@ fn four_vcpus_and_six_gib_power_off() {
 #[test]
 fn a_vmlinux_boots_as_its_bzimage_does() {
     let Some(guests) = guests() else { return };
-    Case { kernel: "cloud/vmlinux", ..Case::new("poweroff") }.ends(&guests, Outcome::PowerOff);
+    Case { kernel: "cloud/vmlinux".into(), ..Case::new("poweroff") }.ends(&guests, Outcome::PowerOff);
 }
 
 #[test]
@@ -416,4 +430,55 @@ fn a_guest_talks_by_network_and_console_and_draws_random_numbers() {
         "{outcome:?}\n{}",
         transcripts.map(|script| script.transcript()).join("\non hvc0:\n")
     );
+}
+
+/// Stops the guest of `vm` after `after`, and gives its state and memory.
+fn stopped_after(vm: &mut Vm, after: Duration) -> (vmcore::VmState, Vec<u8>) {
+    assert_eq!(vm.run_for(after).unwrap(), Outcome::TimeLimit);
+    let state = vm.handle().pause().unwrap().save().unwrap();
+    let mut memory = vec![0; usize::try_from(MOVED_MIB << 20).unwrap()];
+    vm.memory().read(GuestAddress(0), &mut memory).unwrap();
+    (state, memory)
+}
+
+const MOVED_MIB: u64 = 192;
+
+/// A kernel is taken from one backend to the other and back while it boots, and ends as if nothing had
+/// been. It has no console: devices' states are not part of a `VmState`.
+#[test]
+fn a_booting_kernel_moves_between_backends() {
+    let Some(guests) = guests() else { return };
+    let kvm = host::check().backends.iter().any(|b| b.name == "kvm" && b.status == Status::Usable);
+    if !kvm {
+        println!("skipped: this host's KVM runs no kernels");
+        return;
+    }
+    // What this host's KVM has.
+    let tsc_khz = Vm::bare(Accel::Kvm).unwrap().create_vcpu(0).unwrap().tsc_khz().unwrap();
+    let make = |accel| {
+        let linux = Linux::new(guests.join("cloud/vmlinuz"))
+            .initrd(guests.join("cloud/initrd.img"))
+            .cmdline("panic=-1 vmtest=poweroff");
+        Vm::builder()
+            .accel(accel)
+            .cpus(2)
+            // Of v2 the backends of this host may offer different parts.
+            .cpu_model(CpuModel::V1)
+            .tsc_khz(tsc_khz)
+            .memory(MOVED_MIB << 20)
+            .boot(linux)
+            .attach(Pc::new())
+            .build()
+            .unwrap()
+    };
+    for (delay, [first, second]) in [(700, [Accel::Soft, Accel::Kvm]), (1300, [Accel::Kvm, Accel::Soft])] {
+        let mut vm = make(first);
+        for accel in [second, first, second, first] {
+            let (state, memory) = stopped_after(&mut vm, Duration::from_millis(delay));
+            vm = make(accel);
+            vm.memory().write(GuestAddress(0), &memory).unwrap();
+            vm.handle().pause().unwrap().restore(&state).unwrap();
+        }
+        assert_eq!(vm.run_for(LIMIT).unwrap(), Outcome::PowerOff, "moved every {delay} ms");
+    }
 }

@@ -39,6 +39,8 @@ pub(super) struct BzImage {
     pub(super) initrd_max: u64,
     /// Longest command line, without its terminator.
     pub(super) cmdline_max: u64,
+    /// Where the header has the 32-bit entry; 0 where it has none.
+    pub(super) code32_start: u64,
     /// It can be entered in 64-bit mode.
     pub(super) has_64bit_entry: bool,
     /// Where in the file the compressed kernel is, and its length, in bytes.
@@ -131,6 +133,7 @@ impl BzImage {
             init_size: field(0x020a, 0x260, 4).max(available),
             initrd_max: or(field(0x0203, 0x22c, 4), 0x37ff_ffff),
             cmdline_max: or(field(0x0206, 0x238, 4), 255),
+            code32_start: field(0x0200, 0x214, 4),
             has_64bit_entry: field(0x020c, 0x236, 2) & u64::from(XLF_KERNEL_64) != 0,
             payload,
             version,

@@ -28,7 +28,9 @@ pub const VIDEO: GpaRange = GpaRange { base: 0xA_0000, len: 0x4_0000 };
 /// Where ACPI tables go; the RSDP is at the beginning. Guests scan here (ACPI 6.5, 5.2.5.1).
 pub const ACPI_TABLES: GpaRange = GpaRange { base: 0xE_0000, len: 0x1_0000 };
 /// Where the MP table goes; guests scan here (MultiProcessor Specification 1.4, 4).
-pub const MP_TABLE: GpaRange = GpaRange { base: 0xF_0000, len: 0x1_0000 };
+pub const MP_TABLE: GpaRange = GpaRange { base: 0xF_0000, len: 0xF000 };
+/// Interrupt services for images that begin in real mode.
+pub const BIOS_SERVICES: GpaRange = GpaRange { base: 0xF_F000, len: 0x1000 };
 /// Where memory begins that is not the PC's first mebibyte.
 pub const ONE_MIB: u64 = 0x10_0000;
 
@@ -80,6 +82,7 @@ impl MemoryLayout {
             (VIDEO, "the video memory area"),
             (ACPI_TABLES, "the ACPI table area"),
             (MP_TABLE, "the MP table area"),
+            (BIOS_SERVICES, "the BIOS services"),
             (KVM_PAGES, "KVM's real-mode pages"),
         ] {
             layout.reserve(range, E820Kind::Reserved, what);

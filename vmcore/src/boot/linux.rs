@@ -7,7 +7,7 @@ use super::entry::{BELOW_4G, EntryState, place, store};
 use super::payload::{Format, Payload};
 use super::place::Places;
 use super::source::{Bytes, Image};
-use super::{BootError, E820Entry, ImageSource, Loaded, MemoryLayout, RngSeed, pvh};
+use super::{BootError, E820Entry, ImageSource, Loaded, MemoryLayout, RngSeed, pvh, setup};
 use crate::memory::{GpaRange, GuestAddress, GuestMemory, PAGE_SIZE};
 
 /// How to enter a Linux kernel.
@@ -22,6 +22,11 @@ pub enum LinuxEntry {
     Payload,
     /// The bzImage's own entry: 64-bit where it has one, else 32-bit. The guest decompresses.
     BzImage,
+    /// The bzImage's 16-bit setup code, as boot loaders enter it in a BIOS, with the services of a small
+    /// BIOS: memory map, timer, and the first serial port for console and keyboard. The guest is told of
+    /// no ACPI tables (it may find them) and gets no [`RngSeed`]. [`LinuxEntry::Auto`] takes it where the
+    /// header has no 32-bit entry, as iPXE's.
+    RealMode,
     /// The PVH entry of a vmlinux; see [`Pvh`](super::Pvh).
     Pvh,
 }
@@ -134,6 +139,10 @@ pub(super) fn load(
     let mut image = Image::open(&linux.kernel, "kernel", limit)?;
     let mut places = Places::new(layout);
     if let Some(bzimage) = BzImage::parse(&mut image)? {
+        let only_setup = bzimage.code32_start == 0 && bzimage.payload.is_none();
+        if linux.entry == LinuxEntry::RealMode || linux.entry == LinuxEntry::Auto && only_setup {
+            return setup::load(linux, &mut image, &bzimage, memory, layout);
+        }
         let kernel = load_bzimage(linux, &mut image, bzimage, memory, &mut places, limit)?;
         return finish(linux, kernel, memory, layout, rsdp, places);
     }
@@ -149,7 +158,7 @@ pub(super) fn load(
             fix: "boot it as what it is: Pvh, Multiboot, Elf or Raw",
         });
     };
-    if linux.entry == LinuxEntry::BzImage {
+    if matches!(linux.entry, LinuxEntry::BzImage | LinuxEntry::RealMode) {
         return Err(BootError::Unrecognised {
             image: image.name().into(),
             expected: "a bzImage",
@@ -210,7 +219,7 @@ fn load_bzimage(
                 });
             }
         }
-        LinuxEntry::BzImage => {}
+        LinuxEntry::BzImage | LinuxEntry::RealMode => {}
         LinuxEntry::Pvh => {
             return Err(BootError::Unsupported {
                 image: image.name().into(),
@@ -310,6 +319,14 @@ pub(super) fn store_text(
     text: &str,
     max: u64,
 ) -> Result<u64, BootError> {
+    let text = terminated(what, text, max)?;
+    let at = place(places, what, text.len() as u64, 16)?;
+    store(memory, what, at, &text)?;
+    Ok(at)
+}
+
+/// `text` of at most `max` bytes, and a zero.
+pub(super) fn terminated(what: &'static str, text: &str, max: u64) -> Result<Vec<u8>, BootError> {
     if let Some(position) = text.bytes().position(|byte| byte == 0) {
         return Err(BootError::ZeroByte { what, position });
     }
@@ -322,9 +339,7 @@ pub(super) fn store_text(
             fix: "shorten it",
         });
     }
-    let at = place(places, what, text.len() as u64 + 1, 16)?;
-    store(memory, what, at, &[text.as_bytes(), &[0]].concat())?;
-    Ok(at)
+    Ok([text.as_bytes(), &[0]].concat())
 }
 
 /// The zero page being filled.

@@ -9,6 +9,7 @@
 //! of an image must not be written while it is loaded (the guest would see a mixture).
 
 pub mod acpi;
+mod bios;
 mod bzimage;
 mod elf;
 mod entry;
@@ -24,6 +25,7 @@ mod place;
 mod pvh;
 mod raw;
 mod seed;
+mod setup;
 mod source;
 #[cfg(test)]
 mod tests;

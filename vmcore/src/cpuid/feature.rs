@@ -96,6 +96,11 @@ pub(super) const OFFERED_V1: &[Feature] = features! {
         pv_tlb_flush 9, pv_send_ipi 11, poll_control 12, pv_sched_yield 13, kvmclock_stable 24;
 };
 
+/// Page sizes that not every processor has.
+pub(super) const PAGES: &[Feature] = features! {
+    0x8000_0001 [0] Edx: pdpe1gb 26;
+};
+
 /// What models from v2 on show where the host has it.
 pub(super) const OFFERED_V2: &[Feature] = features! {
     0x1 [0] Ecx: pclmulqdq 1, pcid 17, aes 25;

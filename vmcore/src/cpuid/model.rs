@@ -157,6 +157,25 @@ impl CpuModel {
 }
 
 impl Cpuid {
+    /// Checks that `supported` has what this table shows of instructions and modes: a guest that was
+    /// shown them uses them. Other bits only say how the processor behaves.
+    ///
+    /// # Errors
+    /// [`Error::State`], naming the features that are missing.
+    pub(crate) fn check_offered_by(&self, supported: &Cpuid) -> Result<()> {
+        let used = [&feature::OFFERED_V2, &feature::OFFERED_V3, &feature::OFFERED_V4, &feature::PAGES];
+        let all = CpuModel::V4.required().chain(used.into_iter().copied().flatten());
+        let missing: Vec<_> = all.filter(|f| f.is_in(self) && !f.is_in(supported)).map(|f| f.name).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        Err(Error::State {
+            what: "the CPU that the guest was shown",
+            expected: "features that this host's backend offers".into(),
+            found: format!("also {}", missing.join(", ")),
+        })
+    }
+
     /// Clears the bits of `features`.
     fn clear(&mut self, features: &[Feature]) {
         for feature in features {
@@ -272,6 +291,14 @@ fn tell_frequencies(cpuid: &mut Cpuid, tsc_khz: Option<u32>) {
         // KVM of old says 0 for its only other leaf.
         signature.eax = signature.eax.max(LEAF);
         cpuid.set(CpuidEntry { leaf: LEAF, eax: tsc_khz, ebx: APIC_BUS_KHZ, ..CpuidEntry::default() });
+    }
+    // Ratio and frequency of the crystal, where the processor tells them.
+    if let Some(crystal) = cpuid.get_mut(0x15, 0)
+        && crystal.ebx != 0
+        && crystal.ecx != 0
+    {
+        let hz = u64::from(tsc_khz) * 1000 * u64::from(crystal.eax) / u64::from(crystal.ebx);
+        crystal.ecx = u32::try_from(hz).unwrap_or(0);
     }
 }
 

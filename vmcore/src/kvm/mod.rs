@@ -51,6 +51,12 @@ const REQUIRED: [(Cap, &str); 9] = [
 /// The KVM device, opened and checked. Cheap to share: VMs refer to it by what they made of it.
 #[derive(Debug)]
 pub struct Kvm {
+    system: Arc<System>,
+}
+
+/// What the VMs of one [`Kvm`] have in common.
+#[derive(Debug)]
+struct System {
     fd: kvm_ioctls::Kvm,
     /// Numbers of the MSRs that make up a vCPU's state on this host.
     msrs: Vec<u32>,
@@ -108,30 +114,11 @@ impl Kvm {
             .map_err(|e| OpenFailure::Query(Error::os("KVM_GET_MSR_INDEX_LIST", "", e)))?
             .as_slice()
             .to_vec();
-        Ok(Self { fd, msrs, cpuid: Mutex::default() })
+        Ok(Self { system: Arc::new(System { fd, msrs, cpuid: Mutex::default() }) })
     }
 }
 
-impl Backend for Kvm {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
-    fn supports(&self, capability: Capability) -> bool {
-        let has = |cap| self.fd.check_extension(cap);
-        match capability {
-            Capability::Irqchip => {
-                [Cap::Irqchip, Cap::Pit2, Cap::SignalMsi, Cap::IrqRouting, Cap::Irqfd].into_iter().all(has)
-            }
-            // The log is older than the capabilities.
-            Capability::DirtyLog | Capability::SaveRestore => true,
-            Capability::Doorbell => has(Cap::Ioeventfd),
-            Capability::ReadOnlyMemory => has(Cap::ReadonlyMem),
-            Capability::Debug => has(Cap::SetGuestDebug),
-            Capability::Hardware => crate::host::cpu_has_virtualization(),
-        }
-    }
-
+impl System {
     fn supported_cpuid(&self) -> Result<Cpuid> {
         // Held while it is asked for: who comes meanwhile waits for the same answer.
         let mut known = self.cpuid.lock().unwrap_or_else(PoisonError::into_inner);
@@ -155,9 +142,34 @@ impl Backend for Kvm {
         }
         Ok(known.insert(cpuid).clone())
     }
+}
+
+impl Backend for Kvm {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn supports(&self, capability: Capability) -> bool {
+        let has = |cap| self.system.fd.check_extension(cap);
+        match capability {
+            Capability::Irqchip => {
+                [Cap::Irqchip, Cap::Pit2, Cap::SignalMsi, Cap::IrqRouting, Cap::Irqfd].into_iter().all(has)
+            }
+            // The log is older than the capabilities.
+            Capability::DirtyLog | Capability::SaveRestore => true,
+            Capability::Doorbell => has(Cap::Ioeventfd),
+            Capability::ReadOnlyMemory => has(Cap::ReadonlyMem),
+            Capability::Debug => has(Cap::SetGuestDebug),
+            Capability::Hardware => crate::host::cpu_has_virtualization(),
+        }
+    }
+
+    fn supported_cpuid(&self) -> Result<Cpuid> {
+        self.system.supported_cpuid()
+    }
 
     fn max_vcpus(&self) -> u32 {
-        u32::try_from(self.fd.get_max_vcpus()).unwrap_or(u32::MAX)
+        u32::try_from(self.system.fd.get_max_vcpus()).unwrap_or(u32::MAX)
     }
 
     fn create_vm(&self, config: &BackendConfig) -> Result<Arc<dyn BackendVm>> {

@@ -11,7 +11,7 @@ use kvm_ioctls::VcpuFd;
 use super::sys;
 use super::vcpu::KvmVcpu;
 use crate::error::{Error, Result};
-use crate::state::{LapicState, Msr, RunState, VcpuState};
+use crate::state::{LapicState, Msr, RunState, VcpuState, describes_processor};
 
 /// IA32_TIME_STAMP_COUNTER.
 const MSR_TSC: u32 = 0x10;
@@ -68,7 +68,7 @@ impl KvmVcpu {
     pub(super) fn save_state(&self) -> Result<VcpuState> {
         let fd = &self.fd;
         let known = self.msrs.get();
-        let msrs = read_msrs(fd, known.map_or(self.vm.msrs.as_slice(), Vec::as_slice))
+        let msrs = read_msrs(fd, known.map_or(self.vm.system.msrs.as_slice(), Vec::as_slice))
             .map_err(|e| self.error("KVM_GET_MSRS", e))?;
         if known.is_none() {
             // Another save may not have come between: `self` is not shared between threads.
@@ -141,6 +141,9 @@ impl KvmVcpu {
                 format!("{:?}", state.run_state),
             );
         }
+        if !state.cpuid.entries().is_empty() && state.cpuid != self.cpuid {
+            state.cpuid.check_offered_by(&self.vm.system.supported_cpuid()?)?;
+        }
         let (room, len) = (self.vm.xsave_size.bytes(), state.xsave.len());
         if state.xsave.get(room..).is_some_and(|beyond| beyond.iter().any(|&b| b != 0)) {
             return mismatch(
@@ -153,20 +156,23 @@ impl KvmVcpu {
     }
 
     fn restore_tsc_frequency(&self, saved: Option<u32>) -> Result<()> {
-        let (Some(saved), Ok(here)) = (saved, self.fd.get_tsc_khz()) else { return Ok(()) };
-        let differs = u64::from(saved.abs_diff(here)) * 1_000_000 > u64::from(saved) * TSC_TOLERANCE_PPM;
-        if !differs {
+        let Some(saved) = saved else { return Ok(()) };
+        self.scale_tsc(saved).map_err(|here| Error::State {
+            what: "the TSC",
+            expected: format!("{here} kHz (this host cannot scale it)"),
+            found: format!("{saved} kHz"),
+        })
+    }
+
+    /// Makes the TSC tick at `khz`, or near enough. The error is what it ticks at.
+    pub(super) fn scale_tsc(&self, khz: u32) -> std::result::Result<(), u32> {
+        // Fails only where the host's TSC is not usable, and then it does not matter.
+        let Ok(here) = self.fd.get_tsc_khz() else { return Ok(()) };
+        let differs = u64::from(khz.abs_diff(here)) * 1_000_000 > u64::from(khz) * TSC_TOLERANCE_PPM;
+        if !differs || self.vm.tsc_control && self.fd.set_tsc_khz(khz).is_ok() {
             return Ok(());
         }
-        let refused = self.vm.tsc_control.then(|| self.fd.set_tsc_khz(saved));
-        match refused {
-            Some(Ok(())) => Ok(()),
-            _ => Err(Error::State {
-                what: "the TSC",
-                expected: format!("{here} kHz (this host cannot scale it)"),
-                found: format!("{saved} kHz"),
-            }),
-        }
+        Err(here)
     }
 
     /// KVM takes a TSC that is set to within a second of where it is for an attempt to synchronize
@@ -242,6 +248,10 @@ impl KvmVcpu {
         let here = read_msrs(&self.fd, &[index]).map_err(|e| self.error("KVM_GET_MSRS", e))?;
         let here = here.first().map(|m| m.value);
         if here == Some(saved) || here.is_none() && saved == 0 {
+            return Ok(());
+        }
+        if describes_processor(index) {
+            log::debug!("KVM: MSR {index:#x} stays {here:x?}, and does not become {saved:#x}");
             return Ok(());
         }
         Err(Error::State {

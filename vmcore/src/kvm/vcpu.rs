@@ -261,6 +261,16 @@ impl BackendVcpu for KvmVcpu {
         self.fd.get_tsc_khz().ok().filter(|&khz| khz != 0)
     }
 
+    fn set_tsc_khz(&mut self, khz: u32) -> Result<()> {
+        self.scale_tsc(khz).map_err(|here| Error::Unsupported {
+            what: format!("a TSC of {khz} kHz"),
+            backend: super::NAME,
+            fix: format!(
+                "this host's ticks at {here} kHz and cannot be scaled: use that, or the software CPU"
+            ),
+        })
+    }
+
     fn set_debug(&mut self, config: &DebugConfig) -> Result<()> {
         let mut debug = k::kvm_guest_debug::default();
         let flag = |on, bit| if on { bit } else { 0 };

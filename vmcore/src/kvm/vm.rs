@@ -16,7 +16,7 @@ use kvm_ioctls::{Cap, VmFd};
 use super::irq::Routes;
 use super::sys::{self, XsaveSize};
 use super::vcpu::KvmVcpu;
-use super::{Kvm, NAME};
+use super::{Kvm, NAME, System};
 use crate::backend::{BackendConfig, BackendVcpu, BackendVm, DoorbellConfig, IrqRoute, Registration, Slot};
 use crate::error::{Error, Result};
 use crate::irq::{IrqSink, Msi};
@@ -42,8 +42,7 @@ pub(super) struct Shared {
     /// Taken while they are made.
     irqchip_making: Mutex<()>,
     pub(super) xsave_size: XsaveSize,
-    /// MSRs that make up a vCPU's state.
-    pub(super) msrs: Vec<u32>,
+    pub(super) system: Arc<System>,
     pub(super) tsc_control: bool,
     /// A vCPU's TSC has been restored since the machine was.
     pub(super) tsc_restored: AtomicBool,
@@ -87,7 +86,7 @@ pub(super) struct KvmVm {
 impl KvmVm {
     pub(super) fn new(kvm: &Kvm, config: &BackendConfig) -> Result<Self> {
         let fd = loop {
-            match kvm.fd.create_vm() {
+            match kvm.system.fd.create_vm() {
                 // A signal can interrupt the allocation; the call has then done nothing.
                 Err(e) if e.errno() == libc::EINTR => {}
                 other => break other.map_err(|e| Error::os("KVM_CREATE_VM", "", e))?,
@@ -109,7 +108,7 @@ impl KvmVm {
             irqchip_made: OnceLock::new(),
             irqchip_making: Mutex::default(),
             xsave_size: XsaveSize::from_capability(fd.check_extension_int(Cap::Xsave2)),
-            msrs: kvm.msrs.clone(),
+            system: kvm.system.clone(),
             tsc_control: has(Cap::TscControl),
             tsc_restored: AtomicBool::new(false),
             exception_payload,

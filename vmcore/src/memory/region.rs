@@ -438,7 +438,7 @@ impl MemoryRegion {
     }
 
     /// Tells `observer` of every write by the host and devices from now on, while it lives.
-    #[cfg_attr(not(feature = "soft"), expect(dead_code, reason = "the software CPU observes"))]
+    #[cfg_attr(not(any(feature = "soft", test)), expect(dead_code, reason = "the software CPU observes"))]
     pub(crate) fn observe(&self, observer: &Arc<impl WriteObserver + 'static>) {
         self.mapping.bitmap().observe(observer);
     }

@@ -11,6 +11,9 @@ use crate::deterministic::World;
 /// so that nothing needs to be calibrated.
 pub(in crate::soft) const TSC_KHZ: u32 = 1_000_000;
 
+/// Frequencies in kHz that a TSC may have.
+pub(in crate::soft) const TSC_KHZ_RANGE: std::ops::RangeInclusive<u32> = 1_000..=100_000_000;
+
 /// Nanoseconds since the machine was made.
 #[derive(Debug)]
 pub(in crate::soft) struct Clock {

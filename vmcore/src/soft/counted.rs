@@ -18,12 +18,9 @@ use crate::state::RunState;
 impl SoftVcpu {
     /// Runs for at most `count` instructions.
     pub(super) fn enter_counted(&mut self, world: &World, count: u64) -> Result<VcpuExit> {
-        let cpu = &mut self.cpu;
-        cpu.others = world.instructions().wrapping_sub(cpu.instructions);
-        cpu.link.set_in_guest(true);
-        cpu.serve_memory();
-        cpu.tell_tsc();
-        let end = cpu.instructions.saturating_add(count);
+        self.cpu.others = world.instructions().wrapping_sub(self.cpu.instructions);
+        self.begin();
+        let end = self.cpu.instructions.saturating_add(count);
         let result = self.run_counted(world, end);
         self.cpu.link.set_in_guest(false);
         result

@@ -4,6 +4,13 @@ use super::clock::TSC_KHZ;
 use super::mmu::PHYSICAL_BITS;
 use crate::cpuid::{Cpuid, CpuidEntry};
 
+/// Family 6, model 0x2c, stepping 2: Westmere, the last of Intel's large cores without AVX. Programs
+/// take features from the model alone: libgcc's `__builtin_cpu_is`, by which functions with
+/// `target_clones("arch=...")` choose, finds AVX-512 in a Skylake that does not report it.
+const SIGNATURE: u32 = 0x0002_06c2;
+/// The line that CLFLUSH flushes, 64 bytes, in units of 8, in its place in EBX.
+const CLFLUSH_LINE: u32 = 8 << 8;
+
 /// Every leaf that can be presented.
 pub(in crate::soft) fn supported() -> Cpuid {
     let bits = |bits: &[u32]| bits.iter().fold(0, |all, bit| all | 1 << bit);
@@ -36,8 +43,7 @@ pub(in crate::soft) fn supported() -> Cpuid {
     };
     Cpuid::new([
         leaf(0, None, [0x16, v0, v2, v1]),
-        // Family 6, model 0x55, stepping 4; CLFLUSH lines of 64 bytes.
-        leaf(1, None, [0x0005_0654, 0x0800, ecx1, edx1]),
+        leaf(1, None, [SIGNATURE, CLFLUSH_LINE, ecx1, edx1]),
         leaf(2, None, [0x00ff_ff01, 0, 0, 0]),
         leaf(4, Some(0), [0, 0, 0, 0]),
         leaf(6, None, [bits(&[2]), 0, 0, 0]),
@@ -52,8 +58,9 @@ pub(in crate::soft) fn supported() -> Cpuid {
         leaf(0x15, None, [1, 1, khz * 1000, 0]),
         leaf(0x16, None, [khz / 1000, khz / 1000, 100, 0]),
         leaf(0x4000_0000, None, [0x4000_0010, k0, k1, k2]),
-        // KVM_FEATURE_CLOCKSOURCE2, NOP_IO_DELAY, POLL_CONTROL, CLOCKSOURCE_STABLE.
-        leaf(0x4000_0001, None, [bits(&[1, 3, 12, 24]), 0, 0, 0]),
+        // KVM_FEATURE_CLOCKSOURCE, NOP_IO_DELAY, CLOCKSOURCE2, PV_EOI, PV_UNHALT, PV_SEND_IPI, POLL_CONTROL,
+        // PV_SCHED_YIELD, CLOCKSOURCE_STABLE.
+        leaf(0x4000_0001, None, [bits(&[0, 1, 3, 6, 7, 11, 12, 13, 24]), 0, 0, 0]),
         leaf(0x4000_0010, None, [khz, khz, 0, 0]),
         leaf(0x8000_0000, None, [0x8000_0008, 0, 0, 0]),
         // LAHF, LZCNT is not there; PREFETCHW. SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
@@ -65,4 +72,27 @@ pub(in crate::soft) fn supported() -> Cpuid {
         leaf(0x8000_0007, None, [0, 0, 0, bits(&[8])]),
         leaf(0x8000_0008, None, [PHYSICAL_BITS | 48 << 8, 0, 0, 0]),
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpuid::{CpuConfig, CpuModel, Topology};
+
+    /// What GCC's `-march=westmere` uses, beside x86-64-v1, without asking.
+    #[test]
+    fn the_default_model_has_all_that_its_signature_promises() {
+        let topology = Topology::of_cores(1);
+        let config = CpuConfig { model: CpuModel::Best, topology, lapic: true, tsc_khz: None };
+        let cpuid = config.cpuid(&supported(), 0).unwrap();
+        let (signature, features) = (cpuid.get(1, 0).unwrap(), cpuid.get(1, 0).unwrap().ecx);
+        let (family, model) = (signature.eax >> 8 & 15, signature.eax >> 12 & 0xf0 | signature.eax >> 4 & 15);
+        assert_eq!((family, model), (6, 0x2c));
+        // SSE3, PCLMULQDQ, SSSE3, CMPXCHG16B, SSE4.1, SSE4.2, POPCNT, AES.
+        for bit in [0, 1, 9, 13, 19, 20, 23, 25] {
+            assert!(features >> bit & 1 == 1, "ECX bit {bit} of leaf 1");
+        }
+        // LAHF in 64-bit mode.
+        assert_eq!(cpuid.get(0x8000_0001, 0).unwrap().ecx & 1, 1);
+    }
 }

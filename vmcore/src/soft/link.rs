@@ -26,6 +26,8 @@ pub(in crate::soft) mod attention {
     /// An event that was held off may be delivered now: IF, the task priority or an interrupt shadow
     /// has changed.
     pub(in crate::soft) const EVENT: u32 = 1 << 6;
+    /// Another vCPU ends this one's HLT, or its next one (KVM_HC_KICK_CPU).
+    pub(in crate::soft) const UNHALT: u32 = 1 << 7;
     /// What must be served before guest memory is used again.
     pub(in crate::soft) const BEFORE_MEMORY: u32 = MEMORY | WRITES | CODE;
 }

@@ -1,11 +1,14 @@
 //! A vCPU's state as plain data, and back.
 
+use super::clock::TSC_KHZ_RANGE;
 use super::cpu::op::RIP;
 use super::cpu::{CS, Cpu, DS, ES, FS, GS, SS, cr0, efer};
 use super::link::attention;
 use super::vcpu::SoftVcpu;
 use crate::error::{Error, Result};
-use crate::state::{Events, InterruptEvent, Msr, Regs, RunState, Segment, Sregs, VcpuState};
+use crate::state::{
+    Events, InterruptEvent, Msr, Regs, RunState, Segment, Sregs, VcpuState, describes_processor,
+};
 
 /// The standard XSAVE area of x87 and SSE, without and with its header, in bytes.
 const FXSAVE_LEN: usize = 512;
@@ -144,7 +147,12 @@ impl SoftVcpu {
                 init_latched: posted.init,
                 ..Events::default()
             },
-            run_state: self.run_state,
+            run_state: match self.run_state {
+                RunState::Halted if self.unhalted || cpu.link.asked(attention::UNHALT) != 0 => {
+                    RunState::Running
+                }
+                other => other,
+            },
             lapic: cpu.lapic.as_ref().map(|lapic| lapic.save()),
             cpuid: cpu.cpuid.clone(),
             tsc_khz: Some(cpu.msrs.tsc_khz),
@@ -193,9 +201,8 @@ impl SoftVcpu {
                 format!("{} bytes", state.xsave.len()),
             );
         }
-        const TSC_KHZ: std::ops::RangeInclusive<u32> = 1_000..=100_000_000;
-        if let Some(khz) = state.tsc_khz.filter(|khz| !TSC_KHZ.contains(khz)) {
-            return mismatch("the TSC's frequency", format!("{TSC_KHZ:?} kHz"), format!("{khz} kHz"));
+        if let Some(khz) = state.tsc_khz.filter(|khz| !TSC_KHZ_RANGE.contains(khz)) {
+            return mismatch("the TSC's frequency", format!("{TSC_KHZ_RANGE:?} kHz"), format!("{khz} kHz"));
         }
         if let Some(msr) = state.msrs.iter().find(|msr| !cpu.takes_msr(msr)) {
             return mismatch(
@@ -203,6 +210,9 @@ impl SoftVcpu {
                 format!("no MSR {:#x}, which the software CPU does not have", msr.index),
                 format!("{:#x}", msr.value),
             );
+        }
+        if state.cpuid != cpu.cpuid {
+            state.cpuid.check_offered_by(&super::features::supported())?;
         }
         cpu.cpuid = state.cpuid.clone();
         // Neither what was posted nor what was asked for of the old state counts any more.
@@ -231,6 +241,7 @@ impl SoftVcpu {
         }
         self.accepted = state.events.interrupt.filter(|event| !event.software).map(|event| event.vector);
         self.run_state = state.run_state;
+        self.unhalted = false;
         Ok(())
     }
 }
@@ -247,22 +258,7 @@ impl Cpu {
     /// Whether a saved register can be taken over, or need not be: it is zero, or only describes the
     /// processor that it was saved on.
     fn takes_msr(&self, msr: &Msr) -> bool {
-        // Microcode revision, platform information, capabilities, and Hyper-V's times.
-        const DESCRIPTIVE: [u32; 10] = [
-            0x8b,
-            0xce,
-            0x10a,
-            0x345,
-            0x179,
-            0xc001_0015,
-            0xc001_1029,
-            0x4000_0010,
-            0x4000_0020,
-            0x4b56_4d05,
-        ];
-        let features =
-            (0x480..=0x492).contains(&msr.index) || (0x4000_0000..=0x4000_0fff).contains(&msr.index);
-        msr.value == 0 || features || DESCRIPTIVE.contains(&msr.index) || self.msr_value(msr.index).is_some()
+        msr.value == 0 || describes_processor(msr.index) || self.msr_value(msr.index).is_some()
     }
 
     /// Takes over those registers that there are here.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::block::Found;
 use super::chip::{Lapic, Signals};
+use super::clock::TSC_KHZ_RANGE;
 use super::cpu::flags::{IF, TF};
 use super::cpu::op::Stop;
 use super::cpu::{Cpu, Fault, Leave, Shadow, vector};
@@ -33,6 +34,8 @@ pub(in crate::soft) struct SoftVcpu {
     pub(in crate::soft) nmi_pending: bool,
     /// An interrupt that a restored state had accepted and not delivered.
     pub(in crate::soft) accepted: Option<u8>,
+    /// Another vCPU has ended this one's next HLT.
+    pub(in crate::soft) unhalted: bool,
     /// Where the last run stopped at one of the embedder's breakpoints, to go on past it.
     stopped_at: Option<u64>,
     /// Blocks until the clock is looked at.
@@ -53,6 +56,7 @@ impl SoftVcpu {
             debug: DebugConfig::default(),
             nmi_pending: false,
             accepted: None,
+            unhalted: false,
             stopped_at: None,
             blocks: BLOCKS_PER_LOOK,
         }
@@ -60,13 +64,22 @@ impl SoftVcpu {
 
     /// Runs until something ends the run.
     fn enter(&mut self) -> Result<VcpuExit> {
-        self.cpu.link.set_in_guest(true);
-        self.cpu.serve_memory();
-        // Restoring another vCPU may have moved the TSC on.
-        self.cpu.tell_tsc();
+        self.begin();
         let result = self.run_guest();
         self.cpu.link.set_in_guest(false);
         result
+    }
+
+    /// Gets ready to use guest memory.
+    pub(super) fn begin(&mut self) {
+        let cpu = &mut self.cpu;
+        cpu.link.set_in_guest(true);
+        cpu.serve_memory();
+        // Restoring another vCPU may have moved the TSC on.
+        cpu.tell_tsc();
+        if cpu.msrs.steal_time_is_new {
+            cpu.write_steal_time();
+        }
     }
 
     fn run_guest(&mut self) -> Result<VcpuExit> {
@@ -74,7 +87,9 @@ impl SoftVcpu {
             if let Some(exit) = self.between_blocks()? {
                 return Ok(exit);
             }
-            let stop = if self.steps() { self.step() } else { self.execute() };
+            // What waits for the end of a shadow comes after one instruction, and not after a block.
+            let shadowed = self.cpu.held && self.cpu.shadow != Shadow::default();
+            let stop = if self.steps() || shadowed { self.step() } else { self.execute() };
             if let Some(exit) = self.after(stop)? {
                 return Ok(exit);
             }
@@ -240,6 +255,10 @@ impl SoftVcpu {
     pub(super) fn serve_events(&mut self) -> Result<Option<VcpuExit>> {
         self.look_at_timers();
         self.take_signals();
+        self.unhalted |= self.cpu.link.take(attention::UNHALT) != 0;
+        if self.run_state == RunState::Halted && std::mem::take(&mut self.unhalted) {
+            self.run_state = RunState::Running;
+        }
         match self.deliver_events() {
             Err(Stop::Leave) => self.left(),
             Ok(()) | Err(_) => Ok(None),
@@ -364,11 +383,11 @@ impl Cpu {
 
     #[cold]
     fn end_shadow_slow(&mut self) {
-        if !std::mem::take(&mut self.shadow_next) && self.shadow != Shadow::default() {
+        if !std::mem::take(&mut self.shadow_next) {
             self.shadow = Shadow::default();
-            if self.held {
-                self.link.demand_own(attention::EVENT);
-            }
+        }
+        if self.held {
+            self.link.demand_own(attention::EVENT);
         }
     }
 }
@@ -457,6 +476,19 @@ impl BackendVcpu for SoftVcpu {
 
     fn tsc_khz(&self) -> Option<u32> {
         Some(self.cpu.msrs.tsc_khz)
+    }
+
+    fn set_tsc_khz(&mut self, khz: u32) -> Result<()> {
+        if !TSC_KHZ_RANGE.contains(&khz) {
+            return Err(Error::Unsupported {
+                what: format!("a TSC of {khz} kHz"),
+                backend: super::NAME,
+                fix: format!("choose one of {TSC_KHZ_RANGE:?} kHz"),
+            });
+        }
+        self.cpu.msrs.tsc_khz = khz;
+        self.cpu.tell_tsc();
+        Ok(())
     }
 
     fn set_debug(&mut self, config: &DebugConfig) -> Result<()> {

@@ -32,6 +32,7 @@ pub struct VmBuilder {
     configure_memory: Option<Box<dyn Fn(RegionBuilder) -> RegionBuilder>>,
     topology: Topology,
     cpu_model: CpuModel,
+    tsc_khz: Option<u32>,
     irqchip: bool,
     acpi: bool,
     deterministic: Option<Deterministic>,
@@ -48,6 +49,7 @@ impl Default for VmBuilder {
             configure_memory: None,
             topology: Topology::of_cores(1),
             cpu_model: CpuModel::default(),
+            tsc_khz: None,
             irqchip: true,
             acpi: true,
             deterministic: None,
@@ -104,6 +106,14 @@ impl VmBuilder {
     /// Which CPU the guest sees; [`CpuModel::Best`] unless said.
     pub fn cpu_model(mut self, model: CpuModel) -> Self {
         self.cpu_model = model;
+        self
+    }
+
+    /// Frequency of the guest's TSC in kHz. Unless said, KVM shows the host's, and the software CPU one of
+    /// 1 GHz. A VM that shall move to another host or backend with its state needs one that both can make:
+    /// not every KVM can make another than the host's.
+    pub fn tsc_khz(mut self, khz: u32) -> Self {
+        self.tsc_khz = Some(khz);
         self
     }
 
@@ -244,6 +254,9 @@ impl VmBuilder {
         check_memory(layout, &supported)?;
         let ids = self.apic_ids().into_iter();
         let mut vcpus = ids.map(|id| inside.create_vcpu(id)).collect::<Result<Vec<_>>>()?;
+        if let Some(khz) = self.tsc_khz {
+            vcpus.iter_mut().try_for_each(|vcpu| vcpu.set_tsc_khz(khz))?;
+        }
         let config = CpuConfig {
             model: self.cpu_model,
             topology: self.topology,

@@ -14,6 +14,7 @@ crate::contract!(
     a_line_interrupts_through_the_ioapic,
     every_gsi_is_the_pin_of_its_number_and_the_pit_is_on_0,
     a_message_interrupts,
+    an_interrupt_comes_one_instruction_after_sti,
     events_interrupt_until_dropped,
     interrupts_need_controllers,
     an_nmi_is_delivered,
@@ -205,6 +206,50 @@ fn a_message_interrupts(backend: &dyn Backend) {
     let mut guest = apic_guest(backend);
     let vm = guest.vm.clone();
     run_interrupts(&mut *guest.vcpu, 3, |_| vm.send_msi(message()).unwrap());
+}
+
+/// SDM vol. 2B, "STI": the instruction after it comes first, and CLI there keeps the interrupt away.
+fn an_interrupt_comes_one_instruction_after_sti(backend: &dyn Backend) {
+    if without_irqchip(backend) {
+        return;
+    }
+    if backend.name() == "kvm" && crate::small_guests_only(backend) {
+        println!("skipped: this software KVM does not look for interrupts before each instruction");
+        return;
+    }
+    let code = assemble(Mode::Long, |a| {
+        a.mov(edi, 0xfee0_00f0u32).unwrap();
+        a.mov(dword_ptr(rdi), 0x1ff).unwrap();
+        a.out(u32::from(READY), al).unwrap();
+        a.sti().unwrap();
+        a.cli().unwrap();
+        a.nop().unwrap();
+        a.out(0x83, al).unwrap();
+        a.sti().unwrap();
+        a.nop().unwrap();
+        a.cli().unwrap();
+        a.nop().unwrap();
+        a.out(0x84, al).unwrap();
+        a.hlt().unwrap();
+    });
+    let handler = assemble_at(Mode::Long, HANDLER, |a| {
+        a.out(u32::from(INTERRUPTED), al).unwrap();
+        a.iretq().unwrap();
+    });
+    let mut guest = Guest::with_irqchip(backend, Mode::Long, &code);
+    guest.set_handler(VECTOR, HANDLER, &handler);
+    let (vm, handle) = (guest.vm.clone(), guest.vcpu.handle());
+    let _alarm = Alarm::new(handle.clone());
+    let mut ports = vec![];
+    guest.run(&mut OnOut(|port, _: &[u8]| {
+        ports.push(port);
+        match port {
+            0x81 => vm.send_msi(message()).unwrap(),
+            0x84 => handle.kick(),
+            _ => {}
+        }
+    }));
+    assert_eq!(ports, [0x81, 0x83, 0x82, 0x84]);
 }
 
 fn events_interrupt_until_dropped(backend: &dyn Backend) {

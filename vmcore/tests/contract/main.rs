@@ -10,6 +10,7 @@ mod code;
 mod cpuid;
 mod debug;
 mod guest;
+mod hypercall;
 mod io;
 mod irq;
 mod kick;
@@ -26,8 +27,14 @@ fn kvm() -> Result<impl Backend, String> {
     vmcore::kvm::Kvm::open().map_err(|e| e.to_string())
 }
 
+#[cfg(feature = "soft")]
 fn soft() -> Result<impl Backend, String> {
     Ok::<_, String>(vmcore::soft::Soft::new())
+}
+
+#[cfg(not(feature = "soft"))]
+fn soft() -> Result<impl Backend, String> {
+    Err::<vmcore::kvm::Kvm, _>("this build has no software CPU".into())
 }
 
 /// The backends of this host that are not `backend`.

@@ -22,6 +22,7 @@ crate::contract!(
     waiting_processors_survive,
     model_specific_registers_survive,
     time_stamp_counters_stay_together,
+    the_tsc_has_the_frequency_that_was_set,
     states_that_do_not_fit_are_refused,
 );
 
@@ -366,6 +367,14 @@ fn states_that_do_not_fit_are_refused(backend: &dyn Backend) {
     refused(&|s| s.run_state = RunState::WaitForSipi, &["running", "WaitForSipi"]);
     refused(&|s| s.xcr0 = 1 << 40 | 1, &["XCR0", "0x10000000001"]);
     refused(&|s| s.msrs.push(vmcore::state::Msr { index: 0x4b56_ff00, value: 7 }), &["0x4b56ff00", "0x7"]);
+    const AVX512_F_AND_BW: u32 = 1 << 16 | 1 << 30;
+    if backend.supported_cpuid().unwrap().get(7, 0).is_none_or(|leaf| leaf.ebx & AVX512_F_AND_BW == 0) {
+        let leaf = vmcore::cpuid::CpuidEntry { leaf: 7, subleaf: Some(0), ..Default::default() };
+        let shown = vmcore::cpuid::CpuidEntry { ebx: AVX512_F_AND_BW, ..leaf };
+        refused(&|s| s.cpuid.set(shown), &["also avx512f, avx512bw"]);
+    } else {
+        println!("skipped: {} has every feature there is", backend.name());
+    }
     refused(&|s| s.tsc_khz = s.tsc_khz.map(|_| 1), &["1 kHz"]);
     // What was refused by comparison has changed nothing.
     assert_eq!(guest.vcpu.regs().unwrap(), before);
@@ -408,6 +417,49 @@ fn time_stamp_counters_stay_together(backend: &dyn Backend) {
     assert!(first >= tsc(&saved[0]), "the TSC went back from {} to {first}", tsc(&saved[0]));
     // The second was read between two looks at the first: it is between them.
     assert!((first..=third).contains(&second), "{first} {second} {third}, saved {apart} apart");
+}
+
+/// A vCPU's TSC ticks at the frequency that was set, where the backend can.
+fn the_tsc_has_the_frequency_that_was_set(backend: &dyn Backend) {
+    let code = assemble(Mode::Long, |a| {
+        for port in [0x80, 0x81] {
+            a.rdtsc().unwrap();
+            a.shl(rdx, 32).unwrap();
+            a.or(rax, rdx).unwrap();
+            a.mov(ptr(rdi + 0x7000 + (port - 0x80) * 8), rax).unwrap();
+            a.out(port, al).unwrap();
+        }
+        a.hlt().unwrap();
+    });
+    for khz in [500_000, 3_000_000] {
+        let mut guest = Guest::new(backend, Mode::Long, &code);
+        match guest.vcpu.set_tsc_khz(khz) {
+            Ok(()) => assert_eq!(guest.vcpu.tsc_khz(), Some(khz)),
+            Err(vmcore::Error::Unsupported { what, .. }) => {
+                println!("skipped: {what}: {} cannot", backend.name());
+                continue;
+            }
+            Err(error) => panic!("{error}"),
+        }
+        run_to_port(&mut guest, 0x80);
+        let start = std::time::Instant::now();
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        // The first reading was before the clock was, the second is after.
+        run_to_port(&mut guest, 0x81);
+        let ms = u64::try_from(start.elapsed().as_millis()).unwrap();
+        let [first, second] = [0x7000, 0x7008].map(|at| u64::from_le_bytes(guest.load(at)));
+        let ticks = second - first;
+        let khz = u64::from(khz);
+        assert!(ticks >= khz * 100 && ticks <= khz * (ms + 1000), "{ticks} ticks at {khz} kHz in {ms} ms");
+    }
+    let mut guest = Guest::new(backend, Mode::Long, &code);
+    let before = guest.vcpu.tsc_khz();
+    let error = guest.vcpu.set_tsc_khz(1).unwrap_err();
+    assert!(
+        matches!(error, vmcore::Error::Unsupported { .. }) && error.to_string().contains("1 kHz"),
+        "{error}"
+    );
+    assert_eq!(guest.vcpu.tsc_khz(), before);
 }
 
 /// The interrupt controllers are the same after reset, and go from one backend to another and back.

@@ -24,6 +24,7 @@ use crate::irq::Msi;
 use crate::state::IrqchipState;
 
 use self::bus::ApicBus;
+pub(in crate::soft) use self::bus::{Destination, Message};
 pub(in crate::soft) use self::lapic::Lapic;
 pub(in crate::soft) use self::posted::{Posted, Signals};
 

@@ -209,6 +209,13 @@ pub(in crate::soft) struct Msrs {
     pub(in crate::soft) kvm_wall_clock: u64,
     /// KVM's poll control, which is storage.
     pub(in crate::soft) kvm_poll_control: u64,
+    /// Guest-physical address of the word by which KVM spares guests the EOI, with the enable bit. Here
+    /// it always says that the EOI is wanted, so it is storage too.
+    pub(in crate::soft) kvm_pv_eoi: u64,
+    /// Guest-physical address of the steal time page, with the enable bit.
+    pub(in crate::soft) kvm_steal_time: u64,
+    /// The steal time page is to be written before the guest goes on.
+    pub(in crate::soft) steal_time_is_new: bool,
     pub(in crate::soft) spec_ctrl: u64,
     pub(in crate::soft) xss: u64,
 }

@@ -1,4 +1,4 @@
-//! HLT and MWAIT, translations and caches, random numbers, hypercalls.
+//! HLT and MWAIT, translations and caches, random numbers.
 #![expect(unsafe_code, reason = "the host's random numbers come from a system call")]
 
 use iced_x86::{Code, Instruction, Mnemonic};
@@ -8,11 +8,6 @@ use crate::soft::cpu::flags::CF;
 use crate::soft::cpu::op::{Flow, Op, Selected};
 use crate::soft::cpu::word::Word;
 use crate::soft::cpu::{Cpu, Leave, RAX, RCX, Shadow, canonical, cr4};
-
-/// -KVM_ENOSYS: what KVM answers to a hypercall that it does not know.
-const NO_SUCH_HYPERCALL: u64 = (-1000i64).cast_unsigned();
-/// -KVM_EPERM.
-const NOT_PERMITTED: u64 = (-1i64).cast_unsigned();
 
 fn hlt(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.only_kernel()?;
@@ -93,13 +88,6 @@ fn rdpmc(cpu: &mut Cpu, _: &Op) -> Flow {
     Err(cpu.gp(0))
 }
 
-/// VMCALL and VMMCALL: no hypercall is offered.
-fn hypercall(cpu: &mut Cpu, _: &Op) -> Flow {
-    let answer = if cpu.mode.cpl == 0 { NO_SUCH_HYPERCALL } else { NOT_PERMITTED };
-    cpu.set_r64(RAX, answer);
-    Ok(())
-}
-
 /// RDRAND and RDSEED. CF clear says that there is no number now.
 fn random<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
     let number = match cpu.machine.clock.world() {
@@ -133,7 +121,6 @@ pub(super) fn select(i: &Instruction) -> Option<Selected> {
             Mnemonic::Monitor => Selected::plain(monitor),
             Mnemonic::Mwait => Selected::last(mwait),
             Mnemonic::Rdpmc => Selected::plain(rdpmc),
-            Mnemonic::Vmcall | Mnemonic::Vmmcall => Selected::plain(hypercall),
             _ => return None,
         },
     })

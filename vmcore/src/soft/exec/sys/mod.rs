@@ -10,6 +10,7 @@ mod debug;
 mod descriptor;
 mod far;
 mod flags;
+mod hypercall;
 mod interrupt;
 mod iret;
 mod misc;
@@ -49,6 +50,7 @@ pub(super) fn select(instruction: &Instruction) -> Option<Selected> {
         cpuid::select,
         port::select,
         misc::select,
+        hypercall::select,
     ];
     groups.into_iter().find_map(|select| select(instruction))
 }

@@ -59,6 +59,8 @@ mod index {
     pub(super) const XSS: u32 = 0xda0;
     pub(super) const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
     pub(super) const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
+    pub(super) const KVM_STEAL_TIME: u32 = 0x4b56_4d03;
+    pub(super) const KVM_PV_EOI: u32 = 0x4b56_4d04;
     pub(super) const KVM_POLL_CONTROL: u32 = 0x4b56_4d05;
     pub(super) const EFER: u32 = 0xc000_0080;
     pub(super) const STAR: u32 = 0xc000_0081;
@@ -83,6 +85,9 @@ mod index {
 pub(in crate::soft) const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 /// IA32_MISC_ENABLE: fast strings; neither branch trace storage nor precise sampling.
 pub(in crate::soft) const MISC_ENABLE_RESET: u64 = 1 | 1 << 11 | 1 << 12;
+/// Bits of CPUID 0x4000_0001, EAX.
+const STEAL_TIME: u32 = 1 << 5;
+const PV_EOI: u32 = 1 << 6;
 /// IA32_FEATURE_CONTROL: locked, with nothing enabled.
 const FEATURE_CONTROL: u64 = 1;
 /// Microcode revision 1.
@@ -112,9 +117,9 @@ const ARCH_CAPABILITIES: u64 = 1
 
 /// The registers of a saved state. Those that other parts of it hold (EFER, APIC_BASE, the bases of FS
 /// and GS) are not among them. The TSC follows IA32_TSC_ADJUST, on which its restoration depends.
-const STATE: [u32; 54] = {
+const STATE: [u32; 56] = {
     use index::*;
-    let mut all = [0; 54];
+    let mut all = [0; 56];
     let plain = [
         TSC_ADJUST,
         TSC,
@@ -132,6 +137,8 @@ const STATE: [u32; 54] = {
         XSS,
         KVM_WALL_CLOCK,
         KVM_SYSTEM_TIME,
+        KVM_STEAL_TIME,
+        KVM_PV_EOI,
         KVM_POLL_CONTROL,
         STAR,
         LSTAR,
@@ -245,6 +252,8 @@ impl Cpu {
             index::KVM_WALL_CLOCK | index::KVM_WALL_CLOCK_OLD => m.kvm_wall_clock,
             index::KVM_SYSTEM_TIME | index::KVM_SYSTEM_TIME_OLD => m.kvm_system_time,
             index::KVM_POLL_CONTROL => m.kvm_poll_control,
+            index::KVM_PV_EOI => m.kvm_pv_eoi,
+            index::KVM_STEAL_TIME => m.kvm_steal_time,
             index::EFER => self.efer,
             index::STAR => m.star,
             index::LSTAR => m.lstar,
@@ -310,6 +319,11 @@ impl Cpu {
             index if let Some(n) = fixed(index) => m.mtrr_fixed[n] = value,
             index::XSS => m.xss = value,
             index::KVM_POLL_CONTROL => m.kvm_poll_control = value,
+            index::KVM_PV_EOI => m.kvm_pv_eoi = value,
+            index::KVM_STEAL_TIME => {
+                m.kvm_steal_time = value;
+                m.steal_time_is_new = true;
+            }
             index::STAR => m.star = value,
             index::LSTAR => m.lstar = value,
             index::CSTAR => m.cstar = value,
@@ -340,10 +354,12 @@ impl Cpu {
             }
             index if fixed(index).is_some() => memory_types(value, false),
             index::TSC_AUX | index::FMASK => value >> 32 == 0,
-            // IBRS, STIBP, SSBD.
-            index::SPEC_CTRL => value & !7 == 0,
+            // IBRS, STIBP, SSBD, and AMD's PSFD.
+            index::SPEC_CTRL => value & !0x87 == 0,
             index::XSS => value == 0,
             index::KVM_POLL_CONTROL => value >> 1 == 0,
+            index::KVM_PV_EOI => self.offers(PV_EOI) && value & 2 == 0,
+            index::KVM_STEAL_TIME => self.offers(STEAL_TIME) && value & 0x3e == 0,
             _ => true,
         };
         if !allowed {
@@ -372,8 +388,9 @@ impl Cpu {
                 self.msrs.kvm_wall_clock = value;
                 self.write_wall_clock(value);
             }
-            // A prediction barrier and a cache flush: nothing is there to do.
-            index::PRED_CMD | index::FLUSH_CMD => return value & !1 == 0,
+            // Prediction barriers (bit 7: AMD's SBPB) and a cache flush: nothing is there to do.
+            index::PRED_CMD => return value & !0x81 == 0,
+            index::FLUSH_CMD => return value & !1 == 0,
             index::P5_MC_ADDR
             | index::P5_MC_TYPE
             | index::MICROCODE_UPDATE
@@ -384,6 +401,10 @@ impl Cpu {
             index::DEBUG_CTL => return value & !3 == 0,
             index::AMD_PATCH_LOADER => return self.is_amd(),
             index::AMD_SYSCFG..=index::AMD_BU_CFG2 => return self.amd_msr(index).is_some(),
+            index::KVM_STEAL_TIME => {
+                self.msrs.kvm_steal_time = value;
+                self.write_steal_time();
+            }
             _ => return self.store_msr(index, value),
         }
         true

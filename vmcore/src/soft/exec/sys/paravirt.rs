@@ -66,6 +66,17 @@ impl Cpu {
         self.poke_physical(gpa, &version.to_le_bytes());
     }
 
+    /// Says in the steal time page, where there is one, that this vCPU has not been preempted: guests
+    /// leave TLB flushes of preempted vCPUs to whoever preempts them. What is stolen is not counted.
+    pub(in crate::soft) fn write_steal_time(&mut self) {
+        const PREEMPTED: u64 = 16;
+        self.msrs.steal_time_is_new = false;
+        let msr = self.msrs.kvm_steal_time;
+        if msr & ENABLED != 0 {
+            self.poke_physical((msr & !ENABLED) + PREEMPTED, &[0]);
+        }
+    }
+
     /// Writes `bytes` at guest-physical `gpa` where there is writable memory.
     fn poke_physical(&mut self, gpa: u64, bytes: &[u8]) {
         if gpa >> PHYSICAL_BITS != 0 {
