@@ -10,6 +10,7 @@
 //! [`BackendVcpu::run`]: crate::backend::BackendVcpu::run
 
 mod block;
+mod breakpoint;
 mod chip;
 mod clock;
 mod cpu;
@@ -19,6 +20,7 @@ mod features;
 mod fp;
 mod io;
 mod irq_event;
+mod isa;
 mod link;
 mod memory;
 mod mmu;
