@@ -18,6 +18,8 @@ mod decode;
 mod exec;
 mod features;
 mod fp;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod io;
 mod irq_event;
 mod isa;

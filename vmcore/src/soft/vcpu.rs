@@ -76,19 +76,48 @@ impl SoftVcpu {
             if let Some(exit) = self.between_blocks()? {
                 return Ok(exit);
             }
-            // Traps that a load of SS holds off come behind the next instruction.
-            let stepping = self.debug.single_step || self.cpu.flag(TF) || self.cpu.breakpoints.hits != 0;
-            let stop = if stepping {
-                self.step()
-            } else if self.cpu.breakpoints.execution {
-                self.execute_to_breakpoint()
-            } else {
-                self.execute()
-            };
+            let stop = self.advance();
             if let Some(exit) = self.after(stop)? {
                 return Ok(exit);
             }
         }
+    }
+
+    /// Runs blocks, or an instruction where each is looked at.
+    fn advance(&mut self) -> Stop {
+        // Traps that a load of SS holds off come behind the next instruction.
+        if self.debug.single_step || self.cpu.flag(TF) || self.cpu.breakpoints.hits != 0 {
+            self.step()
+        } else if self.cpu.breakpoints.execution {
+            self.execute_to_breakpoint()
+        } else {
+            self.execute()
+        }
+    }
+
+    /// Runs `turns` blocks or steps at most, or until the guest stops or waits: for fuzzing.
+    #[cfg(any(test, fuzzing))]
+    pub(in crate::soft) fn run_turns(&mut self, io: &mut dyn VcpuIo, turns: u32) {
+        // SAFETY: `io` is borrowed until `end_io`, and a panic ends the fuzzing.
+        unsafe { self.cpu.begin_io(io) };
+        self.cpu.link.set_in_guest(true);
+        for _ in 0..turns {
+            let exit = self.debug_traps().and_then(|exit| match exit {
+                None if self.run_state == RunState::Running => self.between_blocks(),
+                other => Ok(other),
+            });
+            if self.run_state != RunState::Running || !matches!(exit, Ok(None)) {
+                break;
+            }
+            // One block is enough.
+            self.cpu.link.demand_own(attention::EVENT);
+            let stop = self.advance();
+            if !matches!(self.after(stop), Ok(None)) {
+                break;
+            }
+        }
+        self.cpu.link.set_in_guest(false);
+        self.cpu.end_io();
     }
 
     /// Tells of the debug conditions that the last instruction has met: before any interrupt (SDM vol. 3A,
