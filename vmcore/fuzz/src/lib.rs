@@ -1,6 +1,8 @@
 //! What the loaders' fuzz targets share: a small guest to load into.
 //!
-//! Run one from `vmcore/` with `cargo +nightly fuzz run TARGET -- -max_total_time=60`.
+//! Run one from `vmcore/` with `cargo +nightly fuzz run TARGET -- -max_total_time=60`. (Those of the software
+//! CPU, `decoder`, `walk` and `cpu`, are `vmcore::soft::fuzz`, which is there for `--cfg fuzzing` alone; its
+//! unit tests run them on random input without cargo-fuzz.)
 
 use std::sync::LazyLock;
 

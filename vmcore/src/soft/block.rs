@@ -275,6 +275,13 @@ impl Cpu {
         Ok(found)
     }
 
+    /// Bytes of code that `found` was made from, which [`Cpu::find_block`] has just returned.
+    pub(in crate::soft) fn code_len(&self, found: Found) -> u64 {
+        // SAFETY: the block is in the cache, which nothing has been done to since.
+        let block = unsafe { found.block.as_ref() };
+        block.ops.last().map_or(0, |op| op.end.into())
+    }
+
     /// Executes `block`, and where they are known up to `more` blocks that come after it, until an
     /// instruction does not simply come to its end. RIP is then that of the next instruction to execute,
     /// or of the one that faulted.
@@ -375,6 +382,9 @@ impl Cpu {
         // An instruction that the embedder stops at, or that is none, has not been executed.
         let done = stop == Stop::Leave && matches!(self.leave, Leave::Halt | Leave::TripleFault);
         self.instructions += before + u64::from(done);
+        if before != 0 {
+            self.end_shadow();
+        }
         if stop == Stop::Fault && matches!(usize::from(op.base), RSP | RBP) && op.seg == NO_SEG {
             self.on_stack(stop);
         }
@@ -425,7 +435,7 @@ impl Cpu {
         self.watch_code(gpa, here as u64);
         self.peek_physical(gpa, &mut bytes[..here]);
         let rip = self.rip();
-        let decoded = decode::decode(&bytes[..here], rip, offset, self.mode, &self.machine.thunks);
+        let decoded = decode::decode(&bytes[..here], rip, offset, self.mode, self.isa, &self.machine.thunks);
         match decoded {
             Ok(decoded) => return self.within_limit(offset, decoded),
             Err(decode::Truncated) if here < 15 => {}
@@ -436,7 +446,7 @@ impl Cpu {
         let Some(second) = self.fetch_address(tail)? else { return Err(self.leave(Leave::Unknown)) };
         self.watch_code(second, (15 - here) as u64);
         self.peek_physical(second, &mut bytes[here..]);
-        match decode::decode(&bytes, rip, offset, self.mode, &self.machine.thunks) {
+        match decode::decode(&bytes, rip, offset, self.mode, self.isa, &self.machine.thunks) {
             Ok(decoded) => {
                 let decoded = self.within_limit(offset, decoded)?;
                 Ok(decode::Decoded { second: Some(second & !(PAGE_SIZE - 1)), ..decoded })

@@ -28,6 +28,9 @@ impl SoftVcpu {
 
     fn run_counted(&mut self, world: &World, end: u64) -> Result<VcpuExit> {
         loop {
+            if let Some(exit) = self.debug_traps()? {
+                return Ok(exit);
+            }
             let cpu = &mut self.cpu;
             if cpu.link.take(attention::KICK) != 0 {
                 cpu.stats.interrupted += 1;
@@ -53,7 +56,8 @@ impl SoftVcpu {
             }
             let until = end.min(self.next_timer(world));
             self.cpu.repeating = false;
-            let stop = if self.steps() { self.step() } else { self.execute_until(until) };
+            let looks = self.steps() || self.cpu.breakpoints.execution;
+            let stop = if looks { self.step() } else { self.execute_until(until) };
             let exit = self.after(stop);
             world.set_instructions(self.cpu.others.wrapping_add(self.cpu.instructions));
             if self.cpu.instructions >= until {

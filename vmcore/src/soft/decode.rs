@@ -7,6 +7,7 @@ use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, OpKind,
 
 use super::cpu::Mode;
 use super::cpu::op::{HIGH, LOCK, LONG, NO_SEG, Op, REPE, REPNE, RIP, Selected, ZERO};
+use super::isa::Isa;
 use super::{block, exec, fp};
 
 /// A decoded instruction.
@@ -46,16 +47,17 @@ impl Op {
 }
 
 /// Decodes the instruction that `bytes` begin with, at `offset` from the block's start at `block_rip`.
-/// Code that it needs generated is found in or added to `thunks`.
+/// What `isa` does not offer is undefined. Code that it needs generated is found in or added to `thunks`.
 pub(in crate::soft) fn decode(
     bytes: &[u8],
     block_rip: u64,
     offset: u64,
     mode: Mode,
+    isa: Isa,
     thunks: &fp::Thunks,
 ) -> Result<Decoded, Truncated> {
     let rip = block_rip.wrapping_add(offset);
-    let mut decoder = Decoder::with_ip(mode.bitness(), bytes, rip, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(mode.bitness(), bytes, rip, isa.decoder_options());
     let mut instruction = decoder.decode();
     let length = instruction.len();
     if let Some(exchange) = exchange_with_rep(&instruction, bytes, mode) {
@@ -64,8 +66,8 @@ pub(in crate::soft) fn decode(
     if instruction.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
         return Err(Truncated);
     }
-    let selected =
-        if instruction.is_invalid() { exec::undefined() } else { select(&instruction, bytes, thunks) };
+    let exists = !instruction.is_invalid() && isa.offers(&instruction, mode);
+    let selected = if exists { select(&instruction, bytes, thunks) } else { exec::undefined() };
     let mut op = operands(&instruction, block_rip, mode);
     op.run.set(selected.run);
     op.extra |= selected.extra;

@@ -11,6 +11,22 @@ const SIGNATURE: u32 = 0x0002_06c2;
 /// The line that CLFLUSH flushes, 64 bytes, in units of 8, in its place in EBX.
 const CLFLUSH_LINE: u32 = 8 << 8;
 
+/// `bits` of a register less those of features that only the host's own instructions can execute (see
+/// `fp`), where it has not got them.
+fn on_this_host(leaf: u32, bits: u32) -> u32 {
+    let host_has = |bit| match (leaf, bit) {
+        (1, 0) => is_x86_feature_detected!("sse3"),
+        (1, 1) => is_x86_feature_detected!("pclmulqdq"),
+        (1, 9) => is_x86_feature_detected!("ssse3"),
+        (1, 19) => is_x86_feature_detected!("sse4.1"),
+        (1, 20) => is_x86_feature_detected!("sse4.2"),
+        (1, 25) => is_x86_feature_detected!("aes"),
+        (7, 29) => is_x86_feature_detected!("sha"),
+        _ => true,
+    };
+    (0..32).filter(|&bit| bits >> bit & 1 != 0 && host_has(bit)).fold(0, |all, bit| all | 1 << bit)
+}
+
 /// Every leaf that can be presented.
 pub(in crate::soft) fn supported() -> Cpuid {
     let bits = |bits: &[u32]| bits.iter().fold(0, |all, bit| all | 1 << bit);
@@ -24,12 +40,12 @@ pub(in crate::soft) fn supported() -> Cpuid {
     let [k0, k1, k2] = text(b"KVMKVMKVM\0\0\0");
     // SSE3, PCLMULQDQ, SSSE3, CMPXCHG16B, PCID, SSE4.1, SSE4.2, x2APIC, MOVBE, POPCNT, TSC deadline,
     // AES, XSAVE, RDRAND, hypervisor.
-    let ecx1 = bits(&[0, 1, 9, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 30, 31]);
+    let ecx1 = on_this_host(1, bits(&[0, 1, 9, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 30, 31]));
     // FPU, VME, DE, PSE, TSC, MSR, PAE, MCE, CX8, APIC, SEP, MTRR, PGE, MCA, CMOV, PAT, PSE-36, CLFLUSH,
     // MMX, FXSR, SSE, SSE2, SS.
     let edx1 = bits(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26, 27]);
     // FSGSBASE, TSC_ADJUST, SMEP, ERMS, INVPCID, RDSEED, SMAP, CLFLUSHOPT, CLWB, SHA.
-    let ebx7 = bits(&[0, 1, 7, 9, 10, 18, 20, 23, 24, 29]);
+    let ebx7 = on_this_host(7, bits(&[0, 1, 7, 9, 10, 18, 20, 23, 24, 29]));
     // FSRM, MD_CLEAR, ARCH_CAPABILITIES.
     let edx7 = bits(&[4, 10, 29]);
     let khz = TSC_KHZ;

@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 
 use super::chip::Chipset;
 use super::cpu::Cpu;
+use super::fp::HostFloat;
 use super::link::attention;
 use crate::backend::VcpuIo;
 use crate::memory::GuestAddress;
@@ -35,20 +36,28 @@ impl Cpu {
             std::mem::transmute::<NonNull<dyn VcpuIo + '_>, NonNull<dyn VcpuIo + 'static>>(pointer)
         };
         self.callbacks = Some(Callbacks(pointer));
+        self.host_float = Some(HostFloat::put_aside());
     }
 
     /// Ends what [`Cpu::begin_io`] began.
     pub(in crate::soft) fn end_io(&mut self) {
         self.callbacks = None;
+        if let Some(host) = self.host_float.take() {
+            host.give_back();
+        }
     }
 
     /// Calls back. Meanwhile this vCPU holds nothing up that waits for it to leave guest memory alone.
     fn call(&mut self, act: impl FnOnce(&mut dyn VcpuIo)) {
         let Some(Callbacks(mut pointer)) = self.callbacks else { return };
         self.link.set_in_guest(false);
+        if let Some(host) = self.host_float.take() {
+            host.give_back();
+        }
         // SAFETY: `with_io` has the reference on this thread's stack, and nobody else uses it: the
         // callback cannot reach this vCPU, which is borrowed.
         act(unsafe { pointer.as_mut() });
+        self.host_float = Some(HostFloat::put_aside());
         self.link.set_in_guest(true);
         self.serve_memory();
         if self.link.asked(attention::KICK) != 0 {

@@ -15,6 +15,7 @@
 //! [`BackendVcpu::run`]: crate::backend::BackendVcpu::run
 
 mod block;
+mod breakpoint;
 mod chip;
 mod clock;
 mod counted;
@@ -23,8 +24,11 @@ mod decode;
 mod exec;
 mod features;
 mod fp;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod io;
 mod irq_event;
+mod isa;
 mod link;
 mod memory;
 mod mmu;

@@ -116,6 +116,7 @@ impl Cpu {
         let segments = [(ES, sregs.es), (SS, sregs.ss), (DS, sregs.ds), (FS, sregs.fs), (GS, sregs.gs)];
         segments.into_iter().for_each(|(n, segment)| self.set_segment(n, segment));
         self.set_segment(CS, sregs.cs);
+        self.arm_breakpoints();
         self.paging_changed();
         Ok(())
     }
@@ -214,15 +215,18 @@ impl SoftVcpu {
         if state.cpuid != cpu.cpuid {
             state.cpuid.check_offered_by(&super::features::supported())?;
         }
-        cpu.cpuid = state.cpuid.clone();
+        cpu.set_cpuid(&state.cpuid);
         // Neither what was posted nor what was asked for of the old state counts any more.
         cpu.restore_sregs(&state.sregs)?;
         if let (Some(lapic), Some(saved)) = (&mut cpu.lapic, &state.lapic) {
             lapic.restore(saved, state.sregs.apic_base)?;
         }
-        cpu.restore_regs(&state.regs);
         cpu.repeating = false;
+        // RF is kept where there are breakpoints.
         cpu.debug = state.debug;
+        cpu.breakpoints.hits = 0;
+        cpu.arm_breakpoints();
+        cpu.restore_regs(&state.regs);
         cpu.xcr0 = state.xcr0;
         let mut fx = [0; FXSAVE_LEN];
         fx.copy_from_slice(&state.xsave[..FXSAVE_LEN]);

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::block::Found;
+use super::breakpoint::{DR6_BS, EMBEDDER};
 use super::chip::{Lapic, Signals};
 use super::clock::TSC_KHZ_RANGE;
-use super::cpu::flags::{IF, TF};
+use super::cpu::flags::{IF, RF, TF};
 use super::cpu::op::Stop;
 use super::cpu::{Cpu, Fault, Leave, Shadow, vector};
 use super::link::{Link, attention};
@@ -24,9 +25,6 @@ const BLOCKS_PER_LOOK: u32 = 512;
 
 /// Blocks that follow a block without the run loop's doing: see [`Cpu::follow`].
 const MORE_BLOCKS: u32 = 15;
-
-/// DR6.BS: a single step.
-const DR6_BS: u64 = 1 << 14;
 
 /// A vCPU of the software CPU.
 pub(in crate::soft) struct SoftVcpu {
@@ -83,25 +81,86 @@ impl SoftVcpu {
         if cpu.msrs.steal_time_is_new {
             cpu.write_steal_time();
         }
+        self.stopped_at = self.stopped_at.filter(|&at| at == self.cpu.linear_rip());
     }
 
     fn run_guest(&mut self) -> Result<VcpuExit> {
         loop {
+            if let Some(exit) = self.debug_traps()? {
+                return Ok(exit);
+            }
             if let Some(exit) = self.between_blocks()? {
                 return Ok(exit);
             }
-            // What waits for the end of a shadow comes after one instruction, and not after a block.
-            let shadowed = self.cpu.held && self.cpu.shadow != Shadow::default();
-            let stop = if self.steps() || shadowed { self.step() } else { self.execute() };
+            let stop = self.advance();
             if let Some(exit) = self.after(stop)? {
                 return Ok(exit);
             }
         }
     }
 
-    /// Whether each instruction is looked at.
+    /// Whether each instruction is looked at. Traps that a load of SS holds off come behind the next.
     pub(super) fn steps(&self) -> bool {
-        self.debug.single_step || self.cpu.flag(TF) || self.debug.hardware.is_some()
+        self.debug.single_step || self.cpu.flag(TF) || self.cpu.breakpoints.hits != 0
+    }
+
+    /// Runs blocks, or an instruction where each is looked at.
+    fn advance(&mut self) -> Stop {
+        // What waits for the end of a shadow comes after one instruction, and not after a block.
+        let shadowed = self.cpu.held && self.cpu.shadow != Shadow::default();
+        if self.steps() || shadowed {
+            self.step()
+        } else if self.cpu.breakpoints.execution {
+            self.execute_to_breakpoint()
+        } else {
+            self.execute()
+        }
+    }
+
+    /// Runs `turns` blocks or steps at most, or until the guest stops or waits: for fuzzing.
+    #[cfg(any(test, fuzzing))]
+    pub(in crate::soft) fn run_turns(&mut self, io: &mut dyn VcpuIo, turns: u32) {
+        // SAFETY: `io` is borrowed until `end_io`, and a panic ends the fuzzing.
+        unsafe { self.cpu.begin_io(io) };
+        self.cpu.link.set_in_guest(true);
+        for _ in 0..turns {
+            let exit = self.debug_traps().and_then(|exit| match exit {
+                None if self.run_state == RunState::Running => self.between_blocks(),
+                other => Ok(other),
+            });
+            if self.run_state != RunState::Running || !matches!(exit, Ok(None)) {
+                break;
+            }
+            // One block is enough.
+            self.cpu.link.demand_own(attention::EVENT);
+            let stop = self.advance();
+            if !matches!(self.after(stop), Ok(None)) {
+                break;
+            }
+        }
+        self.cpu.link.set_in_guest(false);
+        self.cpu.end_io();
+    }
+
+    /// Tells of the debug conditions that the last instruction has met: before any interrupt (SDM vol. 3A,
+    /// 6.9). The embedder hears of its own first.
+    pub(super) fn debug_traps(&mut self) -> Result<Option<VcpuExit>> {
+        let cpu = &mut self.cpu;
+        let hits = cpu.breakpoints.hits;
+        if hits == 0 || cpu.shadow.mov_ss {
+            return Ok(None);
+        }
+        let embedders = hits >> EMBEDDER;
+        if embedders != 0 {
+            cpu.breakpoints.hits = hits & ((1 << EMBEDDER) - 1);
+            cpu.leave = Leave::Debug { dr6: embedders, exception: vector::DB };
+            return self.left();
+        }
+        cpu.breakpoints.hits = 0;
+        cpu.repeating = false;
+        cpu.fault = Fault { vector: vector::DB, code: None, payload: hits };
+        self.run_state = RunState::Running;
+        self.after(Stop::Fault)
     }
 
     /// Runs blocks until one ends otherwise than by going on to the next, or attention is asked for.
@@ -131,54 +190,108 @@ impl SoftVcpu {
         }
     }
 
-    /// Runs one instruction, and raises the debug exception that the guest's TF asks for.
+    /// Runs a block, or one instruction where there is a breakpoint in the block.
+    fn execute_to_breakpoint(&mut self) -> Stop {
+        let cpu = &mut self.cpu;
+        let at = cpu.linear_rip();
+        // The one at RIP comes before the faults of fetching.
+        if cpu.flag(RF) || cpu.breakpoints.in_code(at, 1) != 0 {
+            return self.step();
+        }
+        let block = match cpu.find_block() {
+            Ok(block) => block,
+            Err(stop) => return stop,
+        };
+        if cpu.breakpoints.in_code(at, cpu.code_len(block)) != 0 {
+            return self.step();
+        }
+        self.stopped_at = None;
+        let stop = cpu.run_block(block, 0);
+        if stop == Stop::Next {
+            cpu.end_shadow();
+        }
+        self.tick();
+        stop
+    }
+
+    /// Counts a block that was not run by [`SoftVcpu::execute`].
+    fn tick(&mut self) {
+        self.blocks -= 1;
+        if self.blocks == 0 {
+            self.blocks = BLOCKS_PER_LOOK;
+            self.cpu.link.demand_own(attention::TIMER);
+        }
+    }
+
+    /// Runs one instruction (of a repeated one, an iteration), unless there is a breakpoint at it. Notes
+    /// the trap that the guest's TF asks for.
     pub(super) fn step(&mut self) -> Stop {
-        if let Some(dr6) = self.breakpoint() {
-            self.cpu.leave = Leave::Debug { dr6, exception: vector::DB };
-            return Stop::Leave;
+        self.tick();
+        if let Some(stop) = self.breakpoint() {
+            return stop;
         }
         let cpu = &mut self.cpu;
-        let trap = cpu.flag(TF);
+        let (trap, at) = (cpu.flag(TF), cpu.rip());
+        // It lasts for one instruction, and a fault of that one sets it in the flags that are saved.
+        cpu.system_flags &= !RF;
+        cpu.no_step = false;
         let block = match cpu.single_block() {
             Ok(block) => block,
             Err(stop) => return stop,
         };
-        let stop = cpu.run_block(Found::new(&block), 0);
+        let mut stop = cpu.run_block(Found::new(&block), 0);
         drop(block);
-        if !matches!(stop, Stop::Next | Stop::Leave) {
+        if stop == Stop::Fault {
             return stop;
         }
-        cpu.end_shadow();
-        if stop == Stop::Next && self.debug.single_step {
-            cpu.leave = Leave::Debug { dr6: DR6_BS, exception: vector::DB };
-            return Stop::Leave;
+        if stop == Stop::Again {
+            // An iteration is done (nothing else has changed a block that nobody else knows), or all of
+            // an instruction that is followed by a look at what it has caused.
+            if cpu.rip() == at && cpu.breakpoints.execution {
+                cpu.system_flags |= RF;
+            }
+            // With its trap, an iteration is a step of its own.
+            cpu.instructions += u64::from(cpu.rip() == at && !cpu.repeating);
+            stop = Stop::Next;
         }
+        cpu.end_shadow();
         // A load of SS holds the trap off.
-        if trap && !cpu.shadow.mov_ss {
-            cpu.fault = Fault { vector: vector::DB, code: None, payload: DR6_BS };
-            return Stop::Fault;
+        if trap && !cpu.no_step && !cpu.shadow.mov_ss {
+            cpu.breakpoints.hits |= DR6_BS;
+            if (stop, cpu.leave) == (Stop::Leave, Leave::Halt) {
+                // The trap wakes it at once.
+                stop = Stop::Next;
+            }
+        }
+        if stop == Stop::Next && self.debug.single_step {
+            let others = cpu.breakpoints.hits >> EMBEDDER;
+            cpu.breakpoints.hits &= (1 << EMBEDDER) - 1;
+            cpu.leave = Leave::Debug { dr6: DR6_BS | others, exception: vector::DB };
+            return Stop::Leave;
         }
         stop
     }
 
-    /// Which of the embedder's breakpoints on execution are at the next instruction, as bits of DR6.
-    fn breakpoint(&mut self) -> Option<u64> {
-        let hardware = self.debug.hardware?;
-        let at = self.cpu.linear_rip();
-        if self.stopped_at.take() == Some(at) {
+    /// The stop that breakpoints on the execution of the next instruction ask for.
+    fn breakpoint(&mut self) -> Option<Stop> {
+        let cpu = &mut self.cpu;
+        let at = cpu.linear_rip();
+        let passed = self.stopped_at.take() == Some(at);
+        let hits = cpu.breakpoints.in_code(at, 1);
+        if hits == 0 || cpu.shadow.mov_ss {
             return None;
         }
-        let hits = |n: &usize| {
-            let enabled = hardware.dr7 >> (2 * n) & 3 != 0;
-            let on_execution = hardware.dr7 >> (16 + 4 * n) & 3 == 0;
-            enabled && on_execution && hardware.addresses[*n] == at
-        };
-        let dr6 = (0..4).filter(hits).fold(0, |dr6, n| dr6 | 1 << n);
-        if dr6 == 0 {
+        let embedders = hits >> EMBEDDER;
+        if embedders != 0 && !passed {
+            self.stopped_at = Some(at);
+            return Some(cpu.leave(Leave::Debug { dr6: embedders, exception: vector::DB }));
+        }
+        let guests = hits & ((1 << EMBEDDER) - 1);
+        if guests == 0 || cpu.flag(RF) {
             return None;
         }
-        self.stopped_at = Some(at);
-        Some(dr6)
+        cpu.fault = Fault { vector: vector::DB, code: None, payload: guests };
+        Some(Stop::Fault)
     }
 
     /// What the end of a block asks for.
@@ -188,6 +301,8 @@ impl SoftVcpu {
             Stop::Fault => {
                 // Time goes on also where no instruction comes to its end. A trap comes with one that has.
                 self.cpu.instructions += u64::from(self.cpu.fault.vector != vector::DB);
+                // An instruction that faults has met no condition.
+                self.cpu.breakpoints.hits = 0;
                 match self.cpu.deliver_fault() {
                     Ok(()) => return Ok(None),
                     Err(stop) => stop,
@@ -381,7 +496,7 @@ impl Cpu {
 
     /// After an instruction: the shadow of the one before it is over.
     #[inline(always)]
-    pub(super) fn end_shadow(&mut self) {
+    pub(in crate::soft) fn end_shadow(&mut self) {
         if self.shadow_next | self.shadow.sti | self.shadow.mov_ss {
             self.end_shadow_slow();
         }
@@ -482,7 +597,7 @@ impl BackendVcpu for SoftVcpu {
     }
 
     fn set_cpuid(&mut self, cpuid: &Cpuid) -> Result<()> {
-        self.cpu.cpuid = cpuid.clone();
+        self.cpu.set_cpuid(cpuid);
         Ok(())
     }
 
@@ -504,16 +619,9 @@ impl BackendVcpu for SoftVcpu {
     }
 
     fn set_debug(&mut self, config: &DebugConfig) -> Result<()> {
-        let watches = |n: usize, dr7: u64| dr7 >> (2 * n) & 3 != 0 && dr7 >> (16 + 4 * n) & 3 != 0;
-        if let Some(hardware) = config.hardware.filter(|h| (0..4).any(|n| watches(n, h.dr7))) {
-            return Err(Error::Unsupported {
-                what: format!("a watchpoint on data (DR7 {:#x})", hardware.dr7),
-                backend: super::NAME,
-                fix: "use breakpoints on execution, or single steps".into(),
-            });
-        }
         self.debug = *config;
         self.cpu.break_on_int3 = config.software_breakpoints;
+        self.cpu.set_breakpoints(config.hardware);
         Ok(())
     }
 

@@ -10,6 +10,7 @@ crate::contract!(
     single_steps_stop_after_each_instruction,
     software_breakpoints_stop_before_the_guest_sees_them,
     hardware_breakpoints_stop_at_their_address,
+    watchpoints_stop_behind_the_access,
     an_instruction_that_cannot_be_executed_is_shown,
     backends_tell_their_own_statistics,
 );
@@ -110,6 +111,43 @@ fn hardware_breakpoints_stop_at_their_address(backend: &dyn Backend) {
         other => panic!("{other:?}"),
     }
     assert_eq!(guest.vcpu.regs().unwrap().rip, CODE + 2);
+}
+
+/// Reads do not meet a watchpoint on writes; a wider access meets one that it touches.
+fn watchpoints_stop_behind_the_access(backend: &dyn Backend) {
+    if without_debug(backend) || in_rig() {
+        return;
+    }
+    let code = assemble(Mode::Long, |a| {
+        a.mov(eax, dword_ptr(0x7000)).unwrap();
+        a.mov(byte_ptr(0x7003), al).unwrap();
+        a.mov(byte_ptr(0x7004), al).unwrap();
+        a.mov(qword_ptr(0x7001), rax).unwrap();
+        a.mov(ecx, dword_ptr(0x7100)).unwrap();
+        a.inc(word_ptr(0x7100)).unwrap();
+        a.hlt().unwrap();
+    });
+    let decoder = iced_x86::Decoder::with_ip(64, &code, CODE, 0);
+    let ends: Vec<u64> = decoder.into_iter().map(|i| i.next_ip()).collect();
+    let mut guest = Guest::new(backend, Mode::Long, &code);
+    // Watchpoint 1 on 4 bytes written, 2 on 2 bytes read or written; global.
+    let control = 0x200 | 1 << 3 | 0b1101 << 20 | 1 << 5 | 0b0111 << 24;
+    let hardware = HardwareBreakpoints { addresses: [0, 0x7000, 0x7100, 0], dr7: control };
+    guest.vcpu.set_debug(&DebugConfig { hardware: Some(hardware), ..Default::default() }).unwrap();
+    for (n, bit) in [(1, 2), (3, 2), (4, 4), (5, 4)] {
+        match guest.run(&mut Recorder::default()) {
+            VcpuExit::Debug { rip, dr6: status, exception } => {
+                assert_eq!((rip, exception, status & 0xf), (ends[n], 1, bit), "{ends:x?}");
+            }
+            VcpuExit::Halted if crate::small_guests_only(backend) && backend.name() == "kvm" => {
+                println!("skipped: this software KVM emulates kernel mode past watchpoints");
+                return;
+            }
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(guest.vcpu.regs().unwrap().rip, ends[n]);
+    }
+    assert_eq!(guest.run(&mut Recorder::default()), VcpuExit::Halted);
 }
 
 /// KVM has to emulate an instruction whose operand has no memory, and does not know all of them.

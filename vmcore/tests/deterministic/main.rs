@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use program::Program;
 use vmcore::boot::{Raw, RawMode};
+use vmcore::cpuid::CpuModel;
 use vmcore::{Accel, BusDevice, Deterministic, Error, Machine, Outcome, StateHash, Vm};
 
 /// Guests that run on end before this, in instructions.
@@ -66,6 +67,8 @@ fn attach(machine: &mut Machine) -> vmcore::Result<()> {
 fn vm(cpus: u32, settings: Deterministic) -> Vm {
     Vm::builder()
         .deterministic(settings)
+        // It has RDRAND.
+        .cpu_model(CpuModel::Host)
         .memory(2 << 20)
         .cpus(cpus)
         .acpi(false)

@@ -10,11 +10,14 @@
     reason = "these are tests"
 )]
 
+mod alignment;
 mod control;
+mod debug;
 mod fault;
 #[path = "../contract/guest.rs"]
 #[expect(dead_code, reason = "shared with the contract tests")]
 mod guest;
+mod isa;
 mod machine;
 mod mode;
 mod port;

@@ -14,11 +14,13 @@ pub(in crate::soft) use self::operand::canonical;
 use self::flags::Flags;
 use self::op::Stop;
 use super::block::BlockCache;
+use super::breakpoint::Breakpoints;
 use super::chip::Lapic;
 use super::clock::TSC_KHZ;
 use super::exec::{MISC_ENABLE_RESET, PAT_RESET};
-use super::fp::FpState;
+use super::fp::{FpState, HostFloat};
 use super::io::Callbacks;
+use super::isa::Isa;
 use super::link::Link;
 use super::mmu::Mmu;
 use super::vm::Machine;
@@ -107,6 +109,7 @@ pub(in crate::soft) mod vector {
     pub(in crate::soft) const GP: u8 = 13;
     pub(in crate::soft) const PF: u8 = 14;
     pub(in crate::soft) const MF: u8 = 16;
+    pub(in crate::soft) const AC: u8 = 17;
     pub(in crate::soft) const XM: u8 = 19;
 }
 
@@ -268,11 +271,19 @@ pub(in crate::soft) struct Cpu {
     pub(in crate::soft) idt: DescriptorTable,
     pub(in crate::soft) ldt: Segment,
     pub(in crate::soft) tr: Segment,
+    /// What changes it calls [`Cpu::arm_breakpoints`].
     pub(in crate::soft) debug: DebugRegs,
+    pub(in crate::soft) breakpoints: Breakpoints,
+    /// The instruction under execution has delivered an event: the guest's TF, as it was before, makes no
+    /// trap behind it.
+    pub(in crate::soft) no_step: bool,
     pub(in crate::soft) msrs: Msrs,
     /// x87, MMX and SSE.
     pub(in crate::soft) fp: Box<FpState>,
+    /// Set through [`Cpu::set_cpuid`].
     pub(in crate::soft) cpuid: Cpuid,
+    /// What `cpuid` shows, for decoding.
+    pub(in crate::soft) isa: Isa,
 
     /// With [`Stop::Fault`]: the exception.
     pub(in crate::soft) fault: Fault,
@@ -303,6 +314,8 @@ pub(in crate::soft) struct Cpu {
     pub(in crate::soft) blocks: BlockCache,
     /// Who answers I/O, while the vCPU runs.
     pub(in crate::soft) callbacks: Option<Callbacks>,
+    /// The embedder's floating-point environment, while it is put aside: in a run, outside of callbacks.
+    pub(in crate::soft) host_float: Option<HostFloat>,
     /// The local APIC, where the VM has interrupt controllers.
     pub(in crate::soft) lapic: Option<Box<Lapic>>,
     /// What other threads see of this vCPU: how they interrupt it.
@@ -336,6 +349,8 @@ impl Cpu {
             ldt: Segment::default(),
             tr: Segment::default(),
             debug: DebugRegs::default(),
+            breakpoints: Breakpoints::default(),
+            no_step: false,
             msrs: Msrs {
                 tsc_khz: TSC_KHZ,
                 pat: PAT_RESET,
@@ -344,6 +359,7 @@ impl Cpu {
             },
             fp: Box::default(),
             cpuid: Cpuid::default(),
+            isa: Isa::ALL,
             fault: Fault::default(),
             leave: Leave::Halt,
             shadow: Shadow::default(),
@@ -359,6 +375,7 @@ impl Cpu {
             mmu: Mmu::new(machine.memory.snapshot()),
             blocks: BlockCache::new(),
             callbacks: None,
+            host_float: None,
             lapic,
             link,
             machine,
@@ -388,8 +405,19 @@ impl Cpu {
         self.shadow = Shadow::default();
         self.nmi_masked = false;
         self.gpr[RDX] = 0x0005_0654;
+        self.breakpoints.hits = 0;
+        self.arm_breakpoints();
         self.segments_changed();
         self.paging_changed();
+    }
+
+    /// Takes another CPUID table. Not while a block is executed.
+    pub(in crate::soft) fn set_cpuid(&mut self, cpuid: &Cpuid) {
+        self.cpuid = cpuid.clone();
+        let isa = Isa::of(cpuid);
+        if std::mem::replace(&mut self.isa, isa) != isa {
+            self.blocks.clear();
+        }
     }
 
     /// Starts at the page that a SIPI names (SDM vol. 3A, 8.4.3).
@@ -467,7 +495,7 @@ impl Cpu {
         self.flags.set_bits(rflags);
         self.system_flags = rflags & KNOWN;
         let changed = before ^ self.system_flags;
-        if changed & self.system_flags & flags::TF != 0 {
+        if changed & self.system_flags & (flags::TF | flags::RF) != 0 {
             // Instructions are stepped from now on.
             self.link.demand_own(super::link::attention::EVENT);
         }

@@ -196,12 +196,15 @@ fn fnsave<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.x87_control()?;
     let size = 7 * W::SIZE + 80;
     let at = cpu.address(op, size, true)?;
+    cpu.check_aligned(at, W::SIZE)?;
     cpu.check_write(at, size)?;
     store_environment::<W>(cpu, at)?;
-    for n in 0..8 {
-        let value = cpu.fp.st(n);
-        cpu.store_part(cpu.after(at, 7 * W::SIZE + 10 * u64::from(n)), 10, value)?;
-    }
+    cpu.unaligned(|cpu| {
+        (0..8).try_for_each(|n| {
+            let value = cpu.fp.st(n);
+            cpu.store_part(cpu.after(at, 7 * W::SIZE + 10 * u64::from(n)), 10, value)
+        })
+    })?;
     cpu.fp.init_x87();
     Ok(())
 }
@@ -213,9 +216,12 @@ fn frstor<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.check_read(at, size)?;
     let words = load_environment::<W>(cpu, at)?;
     let mut st = [[0; 2]; 8];
-    for (n, register) in st.iter_mut().enumerate() {
-        *register = cpu.load_part(cpu.after(at, 7 * W::SIZE + 10 * n as u64), 10)?;
-    }
+    cpu.unaligned(|cpu| {
+        (0..).zip(&mut st).try_for_each(|(n, register)| {
+            *register = cpu.load_part(cpu.after(at, 7 * W::SIZE + 10 * n), 10)?;
+            Ok(())
+        })
+    })?;
     set_environment::<W>(cpu, words);
     cpu.fp.st = st;
     cpu.fp.leave_stack_order();

@@ -6,10 +6,10 @@
 
 mod area;
 mod control;
-mod crc32;
 mod exec_memory;
 mod float;
 mod gate;
+mod host;
 mod lanes;
 mod memory;
 mod moves;
@@ -28,6 +28,7 @@ mod x87_thunk;
 
 use iced_x86::{CpuidFeature, EncodingKind, Instruction};
 
+pub(in crate::soft) use self::host::HostFloat;
 pub(in crate::soft) use self::state::FpState;
 pub(in crate::soft) use self::thunk::Thunks;
 
@@ -41,7 +42,6 @@ pub(in crate::soft) fn select(instruction: &Instruction, bytes: &[u8], thunks: &
     }
     area::select(instruction)
         .or_else(|| control::select(instruction))
-        .or_else(|| crc32::select(instruction))
         .or_else(|| moves::select(instruction))
         .or_else(|| lanes::select(instruction))
         .or_else(|| x87::select(instruction, bytes, thunks))

@@ -357,7 +357,7 @@ impl Guest {
     pub(super) fn execute(&mut self, bytes: &[u8]) -> Option<u8> {
         let cpu = &mut self.cpu;
         cpu.set_rip(HERE);
-        let op = decode(bytes, HERE, 0, cpu.mode, &cpu.machine.thunks).unwrap().op;
+        let op = decode(bytes, HERE, 0, cpu.mode, cpu.isa, &cpu.machine.thunks).unwrap().op;
         match op.run.get()(cpu, &op) {
             Ok(()) => None,
             Err(Stop::Next) => {

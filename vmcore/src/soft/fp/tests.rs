@@ -174,7 +174,8 @@ fn real_mode_environments_have_linear_addresses() {
     cpu.fp.init_x87();
     let run = |cpu: &mut Cpu, bytes: &[u8]| {
         cpu.set_rip(0x100);
-        let op = crate::soft::decode::decode(bytes, 0x100, 0, cpu.mode, &cpu.machine.thunks).unwrap().op;
+        let op =
+            crate::soft::decode::decode(bytes, 0x100, 0, cpu.mode, cpu.isa, &cpu.machine.thunks).unwrap().op;
         assert_eq!(op.run.get()(cpu, &op), Ok(()), "{bytes:02x?}");
     };
     cpu.set_r64(RBX, 0x200);
@@ -205,7 +206,8 @@ fn thirty_two_bit_code_has_eight_registers() {
     guest.cpu.paging_changed();
     let run = |cpu: &mut Cpu, bytes: &[u8]| {
         cpu.set_rip(0x100);
-        let op = crate::soft::decode::decode(bytes, 0x100, 0, cpu.mode, &cpu.machine.thunks).unwrap().op;
+        let op =
+            crate::soft::decode::decode(bytes, 0x100, 0, cpu.mode, cpu.isa, &cpu.machine.thunks).unwrap().op;
         assert_eq!(op.run.get()(cpu, &op), Ok(()), "{bytes:02x?}");
     };
     run(&mut guest.cpu, &assemble(32, |a| a.fxsave(ptr(ebx))));

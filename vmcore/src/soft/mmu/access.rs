@@ -8,7 +8,7 @@ use super::Access;
 use super::tlb::{CODE, DEVICE, PAGE, index};
 use crate::soft::cpu::op::{Flow, Stop};
 use crate::soft::cpu::word::Word;
-use crate::soft::cpu::{Cpu, canonical};
+use crate::soft::cpu::{Cpu, canonical, vector};
 
 /// A value at any address, to be read and written in one access.
 #[repr(C, packed)]
@@ -37,7 +37,7 @@ unsafe fn write<W: Word>(host: u64, value: W) {
 }
 
 /// What a slow access found.
-enum Target {
+pub(super) enum Target {
     /// Host address.
     Memory(u64),
     /// Host and guest-physical address of memory that holds code.
@@ -127,6 +127,7 @@ impl Cpu {
             unsafe { write(host, change(old)) };
             return Ok(());
         }
+        self.check_alignment::<W>(at)?;
         // What can be written can be read, save for a device's memory, which is not translated.
         self.check_write(at, W::SIZE)?;
         let old = self.load(at)?;
@@ -147,7 +148,11 @@ impl Cpu {
         if at & (W::SIZE - 1) == 0 {
             let target = match self.fast_write(at, W::SIZE) {
                 Some(host) => Target::Memory(host),
-                None => self.target(at, Access::Write)?,
+                None => {
+                    let target = self.target(at, Access::Write)?;
+                    self.note_access(at, W::SIZE, true);
+                    target
+                }
             };
             match target {
                 Target::Memory(host) | Target::Code(host, _) => {
@@ -162,6 +167,7 @@ impl Cpu {
                 Target::Device(_) => {}
             }
         }
+        self.check_alignment::<W>(at)?;
         // A split lock is atomic against other split locks only.
         let machine = self.machine.clone();
         let _guard = machine.split_lock();
@@ -268,7 +274,7 @@ impl Cpu {
     }
 
     /// Where linear address `at` leads.
-    fn target(&mut self, at: u64, access: Access) -> Result<Target, Stop> {
+    pub(super) fn target(&mut self, at: u64, access: Access) -> Result<Target, Stop> {
         loop {
             let bank = self.mmu.bank();
             let table = match access {
@@ -313,13 +319,43 @@ impl Cpu {
     /// As [`Cpu::load`].
     pub(super) fn span(&mut self, at: u64, access: Access) -> Result<Option<(u64, u64)>, Stop> {
         match self.target(at, access)? {
+            Target::Memory(_) if self.mmu.slow_data(at) => Ok(None),
             Target::Memory(host) => Ok(Some((host, 0x1000 - (at & !PAGE)))),
             Target::Code(..) | Target::Device(_) => Ok(None),
         }
     }
 
+    /// # Errors
+    /// #AC(0) where accesses must be aligned, and this one of `W`'s size at `at` is not. Hardware finds
+    /// that before it looks for the page.
+    fn check_alignment<W: Word>(&mut self, at: u64) -> Flow {
+        self.check_aligned(at, W::SIZE)
+    }
+
+    /// # Errors
+    /// #AC(0) where accesses must be aligned, and `at` is not a multiple of `size`.
+    pub(in crate::soft) fn check_aligned(&mut self, at: u64, size: u64) -> Flow {
+        if at & (size - 1) != 0 && self.mmu.checks_alignment() {
+            return Err(self.raise(vector::AC, Some(0)));
+        }
+        Ok(())
+    }
+
+    /// Runs `act`, whose accesses need not be aligned.
+    pub(in crate::soft) fn unaligned<R>(&mut self, act: impl FnOnce(&mut Self) -> R) -> R {
+        if !self.mmu.checks_alignment() {
+            return act(self);
+        }
+        let before = self.mmu.banks.active_number();
+        self.mmu.banks.select(super::tlb::USER);
+        let result = act(self);
+        self.mmu.banks.set_active_number(before);
+        result
+    }
+
     #[cold]
     fn load_slow<W: Word>(&mut self, at: u64) -> Result<W, Stop> {
+        self.check_alignment::<W>(at)?;
         if at.wrapping_add(W::SIZE - 1) & PAGE != at & PAGE {
             self.check_read(at, W::SIZE)?;
             let mut value = 0;
@@ -328,7 +364,9 @@ impl Cpu {
             }
             return Ok(W::cut(value));
         }
-        match self.target(at, Access::Read)? {
+        let target = self.target(at, Access::Read)?;
+        self.note_access(at, W::SIZE, false);
+        match target {
             // SAFETY: as in `load`.
             Target::Memory(host) | Target::Code(host, _) => Ok(unsafe { read(host) }),
             Target::Device(gpa) => Ok(W::cut(self.device_read(gpa, W::SIZE as usize))),
@@ -337,6 +375,7 @@ impl Cpu {
 
     #[cold]
     fn store_slow<W: Word>(&mut self, at: u64, value: W) -> Flow {
+        self.check_alignment::<W>(at)?;
         if at.wrapping_add(W::SIZE - 1) & PAGE != at & PAGE {
             self.check_write(at, W::SIZE)?;
             for n in 0..W::SIZE {
@@ -344,7 +383,9 @@ impl Cpu {
             }
             return Ok(());
         }
-        match self.target(at, Access::Write)? {
+        let target = self.target(at, Access::Write)?;
+        self.note_access(at, W::SIZE, true);
+        match target {
             // SAFETY: as in `store`.
             Target::Memory(host) => unsafe { write(host, value) },
             Target::Code(host, gpa) => {

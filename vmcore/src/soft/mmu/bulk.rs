@@ -7,6 +7,7 @@
 )]
 
 use super::Access;
+use super::access::Target;
 use crate::soft::cpu::Cpu;
 use crate::soft::cpu::op::Stop;
 use crate::soft::cpu::word::Word;
@@ -88,14 +89,18 @@ impl Cpu {
         wanted: [u64; 2],
         new: [u64; 2],
     ) -> Result<[u64; 2], Stop> {
-        if let Some((host, _)) = self.span(at, Access::Write)?
-            && let Some(exchange) = pair::exchange()
-        {
+        let target = self.target(at, Access::Write)?;
+        if let (Target::Memory(host) | Target::Code(host, _), Some(exchange)) = (&target, pair::exchange()) {
             // SAFETY: the address is aligned and in writable memory of a slot, which stays mapped.
-            return Ok(unsafe { exchange(host, wanted, new) });
+            let old = unsafe { exchange(*host, wanted, new) };
+            self.note_access(at, 16, true);
+            if let Target::Code(_, gpa) = target {
+                self.wrote_code(gpa, 16);
+            }
+            return Ok(old);
         }
-        // Memory that holds code, and devices: in one step for the other vCPUs' locked accesses that
-        // come here too.
+        // Devices, and hosts without the instruction: in one step for the other vCPUs' locked accesses
+        // that come here too.
         let machine = self.machine.clone();
         let _guard = machine.split_lock();
         self.check_write(at, 16)?;

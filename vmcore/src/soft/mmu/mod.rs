@@ -29,6 +29,8 @@ pub(in crate::soft) struct Mmu {
     /// What blocks' addresses are valid for: changes with the bank, and whenever a translation of it
     /// was dropped.
     context: u64,
+    /// Linear addresses of pages whose data are watched: no access to them is a fast hit.
+    watched: Vec<u64>,
 }
 
 /// What the walk depends on.
@@ -39,6 +41,8 @@ struct Paging {
     on: bool,
     /// CR0.WP.
     write_protect: bool,
+    /// CR0.AM.
+    alignment: bool,
     /// CR4.PSE.
     pse: bool,
     /// CR4.PAE.
@@ -58,7 +62,7 @@ struct Paging {
 impl Mmu {
     pub(in crate::soft) fn new(phys: Arc<PhysMap>) -> Self {
         let banks = Banks::new();
-        Self { phys, banks, paging: Paging::default(), context: 0 }
+        Self { phys, banks, paging: Paging::default(), context: 0, watched: Vec::new() }
     }
 
     /// Takes over control registers, and drops every translation.
@@ -67,6 +71,7 @@ impl Mmu {
             cr3: c3,
             on: c0 & cr0::PG != 0,
             write_protect: c0 & cr0::WP != 0,
+            alignment: c0 & cr0::AM != 0,
             pse: c4 & cr4::PSE != 0,
             pae: c4 & cr4::PAE != 0,
             pcide: c4 & cr4::PCIDE != 0,
@@ -137,12 +142,30 @@ impl Mmu {
     #[inline]
     pub(in crate::soft) fn select(&mut self, mode: Mode, ac: bool) {
         let kind = match mode.cpl {
+            3 if self.paging.alignment && ac => tlb::USER_ALIGNED,
             3 => tlb::USER,
             _ if self.paging.smap && ac => tlb::SUPERVISOR_AC,
             _ => tlb::SUPERVISOR,
         };
         self.banks.select(kind);
         self.context = self.banks.active().context << 8 | u64::from(mode.key());
+    }
+
+    /// Watches the data of `pages`, linear addresses, and no others.
+    pub(in crate::soft) fn watch(&mut self, pages: Vec<u64>) {
+        if std::mem::replace(&mut self.watched, pages) != self.watched {
+            self.flush_all();
+        }
+    }
+
+    /// Whether every access to data at `at` must go the slow way.
+    fn slow_data(&self, at: u64) -> bool {
+        self.banks.kind() == tlb::USER_ALIGNED || self.watched.contains(&(at & tlb::PAGE))
+    }
+
+    /// Whether accesses must be aligned: CR0.AM and RFLAGS.AC at privilege level 3.
+    fn checks_alignment(&self) -> bool {
+        self.banks.kind() == tlb::USER_ALIGNED
     }
 
     fn refresh_context(&mut self) {

@@ -9,7 +9,9 @@ pub(super) const SUPERVISOR: usize = 0;
 pub(super) const SUPERVISOR_AC: usize = 1;
 /// User accesses.
 pub(super) const USER: usize = 2;
-const KINDS: usize = 3;
+/// User accesses that must be aligned: none is a fast hit.
+pub(super) const USER_ALIGNED: usize = 3;
+const KINDS: usize = 4;
 
 /// Process contexts kept at a time. Linux uses 6.
 const PROCESSES: usize = 8;
@@ -26,6 +28,8 @@ pub(super) const DEVICE: u64 = 1;
 pub(super) const CODE: u64 = 2;
 /// Flag in [`Entry::tag`]: the translation is global.
 pub(super) const GLOBAL: u64 = 4;
+/// Flag in [`Entry::tag`]: never a fast hit, because the access itself is looked at.
+pub(super) const SLOW: u64 = 16;
 /// Tag that no address has.
 const EMPTY: u64 = 8;
 
@@ -234,6 +238,12 @@ impl Banks {
     /// Which bank is active, to be set again by [`Banks::set_active_number`].
     pub(super) fn active_number(&self) -> usize {
         self.active
+    }
+
+    /// The kind of the active bank.
+    #[inline]
+    pub(super) fn kind(&self) -> usize {
+        self.active % KINDS
     }
 
     pub(super) fn set_active_number(&mut self, number: usize) {

@@ -8,7 +8,7 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use super::tlb::{self, CODE, DEVICE, PAGE};
+use super::tlb::{self, CODE, DEVICE, PAGE, SLOW};
 use super::{Mmu, Paging};
 
 /// Kind of access.
@@ -80,9 +80,10 @@ impl Mmu {
     /// # Errors
     /// The error code of the page fault.
     pub(super) fn fill(&mut self, at: u64, access: Access) -> Result<(), u32> {
-        let kind = self.banks.active_number() % 3;
+        let kind = self.banks.kind();
         let Leaf { gpa, global, size } = self.walk(at, access, kind)?;
         let slot = self.phys.find(gpa);
+        let slow = if access != Access::Execute && self.slow_data(at) { SLOW } else { 0 };
         let bank = self.banks.active_mut();
         let (table, flags) = match (access, slot) {
             (Access::Read, slot) => (&mut bank.read, if slot.is_some() { 0 } else { DEVICE }),
@@ -95,7 +96,7 @@ impl Mmu {
             (Access::Write, _) => (&mut bank.write, DEVICE),
         };
         let host = slot.map_or(0, |slot| slot.host(gpa) as u64);
-        table.set(at, flags, host, gpa, global);
+        table.set(at, flags | slow, host, gpa, global);
         bank.note_size(at, size);
         Ok(())
     }
@@ -112,7 +113,7 @@ impl Mmu {
             return Ok(Leaf { gpa: at & PAGE, global: false, size: 12 });
         }
         let paging = &self.paging;
-        let user = kind == tlb::USER;
+        let user = matches!(kind, tlb::USER | tlb::USER_ALIGNED);
         let fetch = access == Access::Execute;
         let code = if access == Access::Write { PF_WRITE } else { 0 }
             | if user { PF_USER } else { 0 }

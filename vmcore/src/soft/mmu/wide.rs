@@ -67,12 +67,14 @@ impl Cpu {
 
     #[cold]
     fn load_vector_slow(&mut self, at: u64) -> Result<__m128i, Stop> {
+        self.check_aligned(at, 16)?;
         self.check_read(at, 16)?;
         Ok(vector(self.load(at)?, self.load(self.after(at, 8))?))
     }
 
     #[cold]
     fn store_vector_slow(&mut self, at: u64, value: __m128i) -> Flow {
+        self.check_aligned(at, 16)?;
         self.check_write(at, 16)?;
         // SAFETY: both are 16 bytes that may be anything.
         let [low, high]: [u64; 2] = unsafe { std::mem::transmute(value) };

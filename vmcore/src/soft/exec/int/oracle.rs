@@ -220,7 +220,7 @@ impl Guest {
         }
         cpu.set_rflags(state.flags);
         cpu.set_rip(HERE);
-        let block = Cpu::block_of(decode(bytes, HERE, 0, cpu.mode, &cpu.machine.thunks).unwrap());
+        let block = Cpu::block_of(decode(bytes, HERE, 0, cpu.mode, cpu.isa, &cpu.machine.thunks).unwrap());
         let taken = match cpu.run_block(Found::new(&block), 0) {
             Stop::Next if cpu.rip() == TAKEN => 1,
             Stop::Next => {

@@ -222,7 +222,7 @@ fn once<S: StringOp, W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
 /// "REP").
 ///
 /// # Errors
-/// Faults; [`Stop::Again`] to let interrupts come; [`Stop::Next`] where every element is a step.
+/// Faults; [`Stop::Again`] to let interrupts and debug traps come.
 pub(in crate::soft) fn repeat<S: StringOp, W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
     let flags = cpu.flags;
     let mut left = GO;
@@ -250,11 +250,9 @@ pub(in crate::soft) fn repeat<S: StringOp, W: Word>(cpu: &mut Cpu, op: &Op) -> F
                 if S::COMPARES && cpu.flags.zf() != (op.prefix & REPE != 0) {
                     return Ok(());
                 }
-                if cpu.flag(TF) && count > 1 {
-                    // The trap comes after every element, and returns to the instruction.
-                    let here = cpu.rip().wrapping_add(op.end.into()).wrapping_sub(op.len.into());
-                    cpu.set_rip(cpu.wrap_rip(here));
-                    return Err(Stop::Next);
+                if (cpu.flag(TF) || cpu.breakpoints.hits != 0) && count > 1 {
+                    // Debug traps come after every element, and return to the instruction.
+                    return Err(Stop::Again);
                 }
             }
             Ok(done) => {

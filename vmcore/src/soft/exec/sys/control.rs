@@ -21,8 +21,8 @@ const CR0_BITS: u64 = cr0::PE
     | cr0::CD
     | cr0::PG;
 
-/// Bits of CR0 that translations depend on.
-const CR0_PAGING: u64 = cr0::PG | cr0::WP;
+/// Bits of CR0 that translations depend on, or which of them apply.
+const CR0_PAGING: u64 = cr0::PG | cr0::WP | cr0::AM;
 
 /// Bits of CR4 that translations depend on.
 const CR4_PAGING: u64 = cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP;
@@ -154,6 +154,9 @@ impl Cpu {
             return Err(self.gp(0));
         }
         self.cr4 = value;
+        if changed & cr4::DE != 0 {
+            self.arm_breakpoints();
+        }
         if changed & CR4_PAGING != 0 {
             self.paging_changed();
         }

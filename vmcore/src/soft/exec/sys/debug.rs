@@ -55,6 +55,9 @@ fn write<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
         7 => cpu.debug.dr7 = value & 0xffff_2bff | 0x400,
         n => cpu.debug.addresses[usize::from(n & 3)] = value,
     }
+    if n != 6 {
+        cpu.arm_breakpoints();
+    }
     next(cpu, op)
 }
 

@@ -31,8 +31,11 @@ struct Event {
     rf: bool,
 }
 
-/// DR6.BS, BT and B0 to B3: traps, and breakpoints that set RF elsewhere.
-const DR6_TRAPS: u64 = 1 << 14 | 1 << 15 | 0xf;
+/// DR6.B0 to B3.
+const DR6_BREAKPOINTS: u64 = 0xf;
+/// DR6.BS, BT and B0 to B3: traps, and breakpoints on execution, which leave RF to their handler (SDM
+/// vol. 3B, 18.3.1.1).
+const DR6_TRAPS: u64 = 1 << 14 | 1 << 15 | DR6_BREAKPOINTS;
 
 /// DR7.GD.
 const DR7_GD: u64 = 1 << 13;
@@ -65,7 +68,7 @@ impl Cpu {
             match fault.vector {
                 vector::PF => self.cr2 = fault.payload,
                 vector::DB => {
-                    self.debug.dr6 |= fault.payload;
+                    self.debug.dr6 = self.debug.dr6 & !DR6_BREAKPOINTS | fault.payload;
                     self.debug.dr7 &= !DR7_GD;
                 }
                 _ => {}
@@ -123,7 +126,10 @@ impl Cpu {
             self.deliver_protected(event)
         };
         match result {
-            Ok(()) => self.shadow = Shadow::default(),
+            Ok(()) => {
+                self.shadow = Shadow::default();
+                self.no_step = true;
+            }
             Err(Stop::Fault) if event.source == Source::External => {
                 let selector_codes = matches!(self.fault.vector, vector::TS..=vector::GP);
                 if let (true, Some(code)) = (selector_codes, &mut self.fault.code) {

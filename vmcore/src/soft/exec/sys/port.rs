@@ -3,7 +3,7 @@
 use iced_x86::{Code, Instruction};
 
 use super::next;
-use crate::soft::cpu::flags::DF;
+use crate::soft::cpu::flags::{DF, TF};
 use crate::soft::cpu::op::{Flow, Handler, Op, REPE, REPNE, Selected, Stop};
 use crate::soft::cpu::word::Word;
 use crate::soft::cpu::{Cpu, ES, RAX, RCX, RDI, RDX, RSI, cr0};
@@ -45,7 +45,7 @@ impl Cpu {
     }
 
     /// Runs `one` for every element of a repeated string instruction, or once. Between two, others
-    /// have their turn.
+    /// have their turn, and debug traps come.
     fn repeat(&mut self, op: &Op, mut one: impl FnMut(&mut Self) -> Flow) -> Flow {
         if op.prefix & (REPE | REPNE) == 0 {
             one(self)?;
@@ -61,8 +61,8 @@ impl Cpu {
             if count == 1 {
                 return next(self, op);
             }
-            if self.link.wanted() {
-                self.repeating = true;
+            if self.link.wanted() || self.flag(TF) {
+                self.repeating = !self.flag(TF);
                 return Err(Stop::Again);
             }
         }
@@ -82,6 +82,7 @@ fn port_operand<const IMMEDIATE: bool>(cpu: &Cpu, op: &Op) -> u16 {
 fn input<W: Word, const IMMEDIATE: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     let port = port_operand::<IMMEDIATE>(cpu, op);
     cpu.check_port(port, W::SIZE)?;
+    cpu.note_port(port, W::SIZE);
     let value = cpu.port_read(port, W::SIZE as usize);
     cpu.set_reg(RAX as u8, W::cut(value.into()));
     next(cpu, op)
@@ -90,6 +91,7 @@ fn input<W: Word, const IMMEDIATE: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
 fn output<W: Word, const IMMEDIATE: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     let port = port_operand::<IMMEDIATE>(cpu, op);
     cpu.check_port(port, W::SIZE)?;
+    cpu.note_port(port, W::SIZE);
     cpu.port_write(port, cpu.reg::<W>(RAX as u8).zext() as u32, W::SIZE as usize);
     next(cpu, op)
 }
@@ -102,6 +104,7 @@ fn ins<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
         let at = cpu.linear(op, ES as u8, offset, W::SIZE, true)?;
         // What was read cannot be given back.
         cpu.check_write(at, W::SIZE)?;
+        cpu.note_port(port, W::SIZE);
         let value = cpu.port_read(port, W::SIZE as usize);
         cpu.store(at, W::cut(value.into()))?;
         cpu.advance(op, RDI, W::SIZE);
@@ -116,6 +119,7 @@ fn outs<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
         let offset = cpu.indexed(op, RSI);
         let at = cpu.linear(op, op.seg, offset, W::SIZE, false)?;
         let value: W = cpu.load(at)?;
+        cpu.note_port(port, W::SIZE);
         cpu.port_write(port, value.zext() as u32, W::SIZE as usize);
         cpu.advance(op, RSI, W::SIZE);
         Ok(())

@@ -3,7 +3,7 @@
 
 use iced_x86::{Code, Instruction, Mnemonic};
 
-use crate::soft::cpu::flags::{IF, RF, VM};
+use crate::soft::cpu::flags::{IF, RF, TF, VM};
 use crate::soft::cpu::op::{Flow, Op, Selected, Stop};
 use crate::soft::cpu::word::Word;
 use crate::soft::cpu::{Cpu, FS, GS, RCX, RDX, RSP, canonical, cr0, cr4, efer};
@@ -45,6 +45,7 @@ fn syscall(cpu: &mut Cpu, op: &Op) -> Flow {
         cpu.set_r64(R11, flags & !RF);
         let target = if cpu.mode.long { cpu.msrs.lstar } else { cpu.msrs.cstar };
         cpu.set_rflags(flags & !cpu.msrs.fmask & !RF);
+        cpu.no_step = !cpu.flag(TF);
         cpu.set_code_and_stack(flat_code(selector, 0, true), flat_stack(selector.wrapping_add(8), 0));
         cpu.set_rip(target);
     } else {

@@ -118,7 +118,8 @@ impl Cpu {
         let mut bytes = [0; 10];
         bytes[..2].copy_from_slice(&table.limit.to_le_bytes());
         bytes[2..].copy_from_slice(&table.base.to_le_bytes());
-        self.store_bytes(at, &bytes[..size as usize])
+        // Hardware does not check the alignment.
+        self.unaligned(|cpu| cpu.store_bytes(at, &bytes[..size as usize]))
     }
 }
 

@@ -104,7 +104,10 @@ impl Cpu {
         }
         self.tr = new;
         self.cr0 |= cr0::TS;
-        self.debug.dr7 &= !DR7_LOCAL;
+        if self.debug.dr7 & DR7_LOCAL != 0 {
+            self.debug.dr7 &= !DR7_LOCAL;
+            self.arm_breakpoints();
+        }
         let nested = if how == Switch::Call { NT } else { 0 };
         let result = self.enter_task(&state, nested, &new, code);
         match result {
