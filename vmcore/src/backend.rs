@@ -234,7 +234,7 @@ pub trait BackendVm: IrqSink + fmt::Debug {
     /// comes first, then its vCPUs.
     ///
     /// # Errors
-    /// [`Error::State`](crate::Error::State) where the VM was made differently.
+    /// [`Error::State`] where the VM was made differently.
     fn restore(&self, state: &MachineState) -> Result<()>;
 }
 
@@ -355,8 +355,8 @@ pub trait BackendVcpu: Send {
     /// an access that was begun is finished before this returns.
     ///
     /// # Errors
-    /// [`Error::Emulation`](crate::Error::Emulation) where the backend cannot execute an
-    /// instruction, [`Error::EntryFailed`](crate::Error::EntryFailed) for invalid state. The vCPU
+    /// [`Error::Emulation`] where the backend cannot execute an
+    /// instruction, [`Error::EntryFailed`] for invalid state. The vCPU
     /// can still be looked at.
     fn run(&mut self, io: &mut dyn VcpuIo) -> Result<VcpuExit>;
 
@@ -424,7 +424,7 @@ pub trait BackendVcpu: Send {
     /// the same for all vCPUs of a VM.
     ///
     /// # Errors
-    /// [`Error::Unsupported`](crate::Error::Unsupported) where the backend cannot make it so: KVM needs
+    /// [`Error::Unsupported`] where the backend cannot make it so: KVM needs
     /// a processor that scales the TSC, but for a frequency within 250 ppm of the host's.
     fn set_tsc_khz(&mut self, khz: u32) -> Result<()>;
 
@@ -470,6 +470,6 @@ pub trait BackendVcpu: Send {
     /// Takes over a state from [`BackendVcpu::save`], of any backend.
     ///
     /// # Errors
-    /// [`Error::State`](crate::Error::State) where this host or VM cannot hold it.
+    /// [`Error::State`] where this host or VM cannot hold it.
     fn restore(&mut self, state: &VcpuState) -> Result<()>;
 }

@@ -106,6 +106,7 @@ pub struct World {
 }
 
 impl World {
+    #[cfg(any(feature = "soft", test))]
     pub(crate) fn new(config: Deterministic) -> Self {
         Self {
             config,
@@ -120,6 +121,7 @@ impl World {
         self.instructions.load(Ordering::Relaxed)
     }
 
+    #[cfg(any(feature = "soft", test))]
     pub(crate) fn set_instructions(&self, count: u64) {
         self.instructions.store(count, Ordering::Relaxed);
     }
