@@ -26,7 +26,7 @@ const IDT: u64 = 0x1000;
 const TSS: u64 = 0x2000;
 const TABLES: u64 = 0x8000;
 /// Blocks or steps of a run.
-const TURNS: u32 = 400;
+const TURNS: u32 = 150;
 
 /// Input as numbers; zeros behind its end.
 struct Input<'a>(&'a [u8]);
@@ -287,7 +287,7 @@ pub fn cpu(data: &[u8]) {
     r[4] = if options & 4 != 0 { r[4] } else { 0x7000 };
     let regs = Regs {
         rax: r[0],
-        rcx: r[1] & 0xffff,
+        rcx: r[1] & 0xfff,
         rdx: r[2],
         rbx: r[3],
         rsp: r[4],

@@ -162,7 +162,7 @@ impl SoftVm {
     }
 
     /// What its vCPUs share, for tests of their parts.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(in crate::soft) fn machine(&self) -> Arc<Machine> {
         self.machine.clone()
     }

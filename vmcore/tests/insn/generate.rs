@@ -19,6 +19,8 @@ pub struct Case {
     pub state: State,
     /// RFLAGS bits that the instruction leaves undefined.
     pub undefined_flags: u64,
+    /// Bytes of the memory that depend on where the code is: x87's pointers in an environment.
+    pub elsewhere: Range<usize>,
 }
 
 impl Case {
@@ -185,8 +187,6 @@ fn excluded(i: &Instruction) -> bool {
                 | M::Popfq
                 | M::Pushf
                 | M::Popf
-                | M::Leave
-                | M::Enter
                 | M::In
                 | M::Out
                 | M::Insb
@@ -214,17 +214,9 @@ fn excluded(i: &Instruction) -> bool {
                 | M::Fxsave
                 | M::Fxsave64
                 | M::Ldmxcsr
-                | M::Fldenv
-                | M::Frstor
-                | M::Fldcw
-                | M::Fnsave
-                | M::Fnstenv
                 | M::Fsave
                 | M::Fstenv
-                | M::Maskmovq
-                | M::Maskmovdqu
                 | M::Arpl
-                | M::Xlatb
         )
 }
 
@@ -254,7 +246,7 @@ impl Generator {
         bytes[7..].copy_from_slice(&r.next().to_le_bytes());
         let mut at = 0;
         if r.below(3) == 0 {
-            bytes[at] = [0x66, 0xf2, 0xf3, 0xf0, 0x67][r.below(5) as usize];
+            bytes[at] = [0x66, 0xf2, 0xf3, 0xf0, 0x67, 0x2e, 0x36, 0x26, 0x3e][r.below(9) as usize];
             at += 1;
         }
         if r.below(2) == 0 {
@@ -295,20 +287,31 @@ impl Generator {
             return None;
         }
         *seen += 1;
-        let state = self.state(&instruction, memory)?;
+        let (state, at) = self.state(&instruction, memory)?;
         let undefined_flags = undefined(&instruction);
-        Some(Case { bytes: bytes[..instruction.len()].to_vec(), text, instruction, state, undefined_flags })
+        // The environment's fourth to seventh word.
+        let elsewhere = match instruction.code() {
+            Code::Fnstenv_m14byte | Code::Fnsave_m94byte => at + 6..at + 14,
+            Code::Fnstenv_m28byte | Code::Fnsave_m108byte => at + 12..at + 28,
+            _ => 0..0,
+        };
+        let bytes = bytes[..instruction.len()].to_vec();
+        Some(Case { bytes, text, instruction, state, undefined_flags, elsewhere })
     }
 
-    /// A state in which every address of the instruction is in the memory.
-    fn state(&mut self, i: &Instruction, memory: u64) -> Option<State> {
+    /// A state in which every address of the instruction is in the memory, and where its operand is there.
+    fn state(&mut self, i: &Instruction, memory: u64) -> Option<(State, usize)> {
         let r = &mut self.random;
         let mut gpr: [u64; 16] = std::array::from_fn(|_| r.interesting());
         gpr[4] = memory + 2048 + 8 * r.below(256);
         let mut fx = vec![0; 512];
         fx[0..2].copy_from_slice(&0x37fu16.to_le_bytes());
         let rounding = r.below(4) as u32;
-        let mxcsr = 0x1f80 | rounding << 13 | if r.below(4) == 0 { 0x8040 } else { 0 };
+        let modes = [0, 0, 0, 0x8040, 0x8000, 0x40][r.below(6) as usize];
+        // Sometimes with exceptions that are not masked, and with flags of earlier ones.
+        let masks = if r.below(4) == 0 { r.next() as u32 & 0x1f80 } else { 0x1f80 };
+        let raised = if r.below(2) == 0 { r.next() as u32 & 0x3f } else { 0 };
+        let mxcsr = masks | rounding << 13 | modes | raised;
         fx[24..28].copy_from_slice(&mxcsr.to_le_bytes());
         fx[28..32].copy_from_slice(&0xffffu32.to_le_bytes());
         for n in 0..16 {
@@ -319,13 +322,24 @@ impl Generator {
             .iter()
             .any(|f| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387));
         if x87 || i.cpuid_features().contains(&CpuidFeature::MMX) {
-            let control = 0x7fu16 | [0, 0x200, 0x300][r.below(3) as usize] | (r.below(4) as u16) << 10;
+            let masks = if r.below(4) == 0 { r.next() as u16 & 0x3f } else { 0x3f };
+            let control =
+                0x40u16 | masks | [0, 0x200, 0x300][r.below(3) as usize] | (r.below(4) as u16) << 10;
             fx[0..2].copy_from_slice(&control.to_le_bytes());
+            // Condition codes, and flags of earlier exceptions; now and then one that is pending.
+            let earlier = r.next() as u16 & 0x477f;
+            let earlier = if r.below(8) == 0 { earlier } else { earlier & !(0x3f & !masks) };
+            let pending = if earlier & 0x3f & !masks != 0 { 0x8080 } else { 0 };
             let top = r.below(8) as u16;
-            fx[2..4].copy_from_slice(&(top << 11).to_le_bytes());
+            fx[2..4].copy_from_slice(&(top << 11 | earlier | pending).to_le_bytes());
             fx[4] = r.next() as u8 | r.next() as u8;
             for n in 0..8 {
-                let value = match r.below(4) {
+                let value = match r.below(8) {
+                    // Denormals, pseudo-denormals, unnormals, NaNs, extremes.
+                    4 => vec![r.next() >> r.below(64), r.below(2) << 15],
+                    5 => vec![r.next() >> 1, r.next() & 0xffff],
+                    6 => vec![r.next(), 0x7fff | r.below(2) << 15],
+                    7 => vec![r.next() | 1 << 63, r.next() & 0xffff],
                     0 => [0x8000_0000_0000_0000, 0x7fff, 0][..2].to_vec(),
                     1 => vec![0, 0],
                     2 => vec![r.next() | 1 << 63, (0x3fff + r.below(64) - 32) | (r.below(2) << 15)],
@@ -345,11 +359,28 @@ impl Generator {
             gpr[6] = memory + 3000 + r.below(2000);
             gpr[7] = memory + 3000 + r.below(2000);
         }
+        let mut at = 0;
+        match i.mnemonic() {
+            Mnemonic::Maskmovq | Mnemonic::Maskmovdqu => gpr[7] = memory + 2000 + r.below(4096),
+            Mnemonic::Xlatb => gpr[3] = memory + 2000 + r.below(4096),
+            Mnemonic::Leave => gpr[5] = memory + 2000 + 8 * r.below(256),
+            Mnemonic::Enter => {
+                if i.immediate16() > 1024 {
+                    return None;
+                }
+                gpr[5] = memory + 2000 + 8 * r.below(256);
+            }
+            _ => {}
+        }
         if !string && i.op_kinds().any(|kind| kind == OpKind::Memory) && i.mnemonic() != Mnemonic::Lea {
-            let wide = |register: Register| register == Register::None || register.is_gpr64();
-            if !wide(i.memory_base()) || !wide(i.memory_index()) || i.memory_base() == Register::None {
+            let address =
+                |register: Register| register == Register::None || register.is_gpr64() || register.is_gpr32();
+            if !address(i.memory_base()) || !address(i.memory_index()) || i.memory_base() == Register::None {
                 return None;
             }
+            // With 32-bit registers the upper halves do not count.
+            let narrow = i.memory_base().is_gpr32();
+            let above = if narrow { r.next() << 32 } else { 0 };
             let base = i.memory_base().number();
             let size = i.memory_size().size() as u64;
             let mut offset = 2000 + r.below(4096);
@@ -388,7 +419,9 @@ impl Generator {
             if base == 4 && implicit_stack {
                 return None;
             }
+            let wanted = if narrow { wanted & 0xffff_ffff | above } else { wanted };
             gpr[base] = wanted;
+            at = offset as usize;
             // The address must not depend on anything that must stay what it is.
             if base == 4 && !(memory..memory + MEMORY as u64).contains(&wanted) {
                 return None;
@@ -399,7 +432,7 @@ impl Generator {
             chunk.copy_from_slice(&r.float());
         }
         let flags = 2 | r.next() & 0x8d5 | if string && r.below(3) == 0 { 1 << 10 } else { 0 };
-        Some(State { gpr, flags, fx, memory: bytes, fault: None })
+        Some((State { gpr, flags, fx, memory: bytes, fault: None }, at))
     }
 }
 
