@@ -10,6 +10,7 @@
     reason = "these are tests"
 )]
 
+mod bios;
 mod control;
 mod fault;
 #[path = "../contract/guest.rs"]
