@@ -144,7 +144,10 @@ fn setup_code() -> Vec<u8> {
     a.cmp(dx, 2).unwrap();
     a.jb(tick).unwrap();
     report(&mut a, cx);
-    a.int(0x19).unwrap();
+    // The reset vector leads where INT 19h does.
+    a.push(0xf000u32 as i32).unwrap();
+    a.push(0xfff0u32 as i32).unwrap();
+    a.retf().unwrap();
     a.assemble(SETUP_CODE).unwrap()
 }
 
