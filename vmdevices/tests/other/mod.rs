@@ -100,7 +100,7 @@ fn ipxe_answers_at_its_command_line() {
         script.send("set answer 42\recho answer=${answer}\r").unwrap();
         script.expect("answer=42", LIMIT).unwrap();
         script.expect("iPXE> ", LIMIT).unwrap();
-        script.send("reboot\r").unwrap();
+        script.send("exit\r").unwrap();
     });
     let Some((outcome, transcript)) = ended else { return };
     assert!(matches!(outcome, Outcome::Reset(_)), "{outcome:?}\n{transcript}");
