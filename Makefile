@@ -1,5 +1,5 @@
 # What README names. Everything goes through cargo; guests come from Debian packages.
-.PHONY: vmrun demo test bench guests lint unit docs boot clean-guests
+.PHONY: vmrun demo test bench guests lint unit docs boot soak clean-guests
 
 export VMCORE_GUESTS ?= $(CURDIR)/target/guests
 RIG := $(CURDIR)/examples/guest/rig
@@ -32,19 +32,26 @@ docs:
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 
 guests:
-	examples/guest/build cloud generic initrd-cloud initrd-generic root
+	examples/guest/build cloud generic initrd-cloud initrd-generic initrd-rt initrd-i386 initrd-trixie \
+	  root debian memtest ipxe
 
 # What is booted on the software CPU besides the KVM.
 SOFT_BOOTS := cloud_kernel_powers_off four_vcpus_and_six_gib_power_off a_panic_resets \
   files_on_a_disk_are_there_after_a_second_boot linux_finds_the_virtio_devices a_shell_answers \
-  a_guest_talks
+  a_guest_talks generic_kernel_powers_off without_acpi other::
 
 # The contract on a real kvm_amd or kvm_intel, then stock kernels to userland, on the software CPU and on
 # that KVM.
 boot: guests
 	examples/guest/real-kvm cargo test -p vmcore --test contract -- ::kvm::
 	VMCORE_ACCEL=soft VMCORE_REQUIRE_BOOT=1 cargo test -p vmdevices --test boot -- --test-threads=1 $(SOFT_BOOTS)
-	examples/guest/real-kvm cargo test -p vmdevices --test boot -- --test-threads=1
+	examples/guest/real-kvm cargo test -p vmdevices --test boot -- --test-threads=1 --skip other::
+
+# An hour of work in a Debian system on the software CPU: dpkg, apt, Python's tests, gcc, openssl, sqlite and
+# half an hour of stress-ng, one after the other.
+soak: guests
+	VMCORE_ACCEL=soft VMCORE_REQUIRE_BOOT=1 cargo test -p vmdevices --test boot -- --test-threads=1 \
+	  --ignored a_debian_system
 
 bench: vmrun
 	cargo bench -p vmcore-benches

@@ -15,6 +15,9 @@ use crate::memory::GuestMemory;
 
 std::arch::global_asm!(include_str!("bios.s"), options(att_syntax));
 
+/// Where in the services the processor begins after a reset: their last 16 bytes are the mebibyte's.
+const RESET_VECTOR: usize = 0xff0;
+
 unsafe extern "C" {
     static vmcore_bios_start: u8;
     static vmcore_bios_table: u8;
@@ -65,7 +68,7 @@ pub(super) fn install(
         image.extend(entry.range.len.to_le_bytes());
         image.extend((entry.kind as u32).to_le_bytes());
     }
-    if image.len() as u64 > BIOS_SERVICES.len {
+    if image.len() > RESET_VECTOR {
         return Err(BootError::Table {
             what: "the memory map".into(),
             table: WHAT,
@@ -73,6 +76,10 @@ pub(super) fn install(
             fix: "join memory regions, or enter the image in another mode",
         });
     }
+    // Programs jump to f000:fff0 for a reset: far, to where INT 19h leads.
+    image.resize(RESET_VECTOR, 0);
+    let [[low, high], [segment_low, segment_high]] = vectors[0x19].map(u16::to_le_bytes);
+    image.extend([0xea, low, high, segment_low, segment_high]);
     store(memory, WHAT, BIOS_SERVICES.base, &image)?;
     store(memory, WHAT, 0, vectors.as_bytes())?;
 

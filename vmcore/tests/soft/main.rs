@@ -11,6 +11,7 @@
 )]
 
 mod alignment;
+mod bios;
 mod control;
 mod debug;
 mod fault;
