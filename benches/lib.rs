@@ -1,6 +1,10 @@
 //! What the benchmarks share: the C program, medians, and a way to print both sides of a comparison.
 
+use std::error::Error;
 use std::ffi::c_int;
+use std::io;
+use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 /// The C program's VM; its layout is `struct raw_vm` in `raw.h`.
@@ -59,6 +63,55 @@ impl Drop for RawVm {
         // SAFETY: the VM was opened by raw_open and is closed once.
         unsafe { raw_close(&raw mut self.0) }
     }
+}
+
+/// How a process ended, and what it took.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended {
+    /// Its status, where it exited.
+    pub status: Option<i32>,
+    /// Processor time of all its threads, in the kernel too.
+    pub cpu: Duration,
+    /// Its largest resident set in KiB.
+    pub peak_rss_kib: u64,
+}
+
+/// Waits for process `pid` to end.
+///
+/// # Errors
+/// Where it is no child of this process.
+pub fn wait(pid: u32) -> Result<Ended, Box<dyn Error>> {
+    let (mut status, pid) = (0, libc::pid_t::try_from(pid)?);
+    // SAFETY: rusage is plain integers, for which zeros are valid.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: both pointers are to locals of the types that the call fills.
+    while unsafe { libc::wait4(pid, &raw mut status, 0, &raw mut usage) } < 0 {
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error.into());
+        }
+    }
+    let status = libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status));
+    let time = |t: libc::timeval| Duration::new(t.tv_sec.cast_unsigned(), t.tv_usec as u32 * 1000);
+    let cpu = time(usage.ru_utime) + time(usage.ru_stime);
+    Ok(Ended { status, cpu, peak_rss_kib: u64::try_from(usage.ru_maxrss)? })
+}
+
+/// Builds vmrun as `make vmrun` does and returns where it is: beside this program.
+///
+/// # Errors
+/// Where it cannot be built.
+pub fn build_vmrun() -> Result<PathBuf, Box<dyn Error>> {
+    let build = "rustc --release --quiet -p vmcore-examples --bin vmrun -- -C target-feature=+crt-static";
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo).args(build.split_whitespace()).status()?;
+    if !status.success() {
+        return Err(format!("vmrun cannot be built (cargo {build}): {status}").into());
+    }
+    // target/release/deps/startup-1234 is this, target/release/vmrun the other.
+    let own = std::env::current_exe()?;
+    let vmrun = own.ancestors().nth(2).ok_or("no target directory")?.join("vmrun");
+    if vmrun.exists() { Ok(vmrun) } else { Err(format!("no {}", vmrun.display()).into()) }
 }
 
 /// The middle one.

@@ -13,10 +13,12 @@
 
 use std::error::Error;
 use std::ffi::OsString;
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::io::Read;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+
+use vmcore_benches::{build_vmrun, wait};
 
 /// What vmrun must stay below.
 const TIME_BOUND: Duration = Duration::from_micros(2500);
@@ -73,13 +75,13 @@ impl Subject {
         let mut byte = [0];
         let read = child.stdout.take().ok_or("no pipe")?.read_exact(&mut byte);
         let first_byte = begin.elapsed();
-        let (status, peak_rss_kib) = wait(child.id())?;
+        let ended = wait(child.id())?;
         let end = begin.elapsed();
-        if read.is_err() || byte[0] != BYTE || status != Some(STATUS) {
+        if read.is_err() || byte[0] != BYTE || ended.status != Some(STATUS) {
             let command = format!("{command:?}");
-            return Err(format!("{command} wrote {byte:?} and ended with status {status:?}").into());
+            return Err(format!("{command} wrote {byte:?} and ended with status {:?}", ended.status).into());
         }
-        Ok(Start { first_byte, end, peak_rss_kib })
+        Ok(Start { first_byte, end, peak_rss_kib: ended.peak_rss_kib })
     }
 
     fn take_turn(&mut self) -> Result<(), Box<dyn Error>> {
@@ -100,22 +102,6 @@ fn minimum_and_median(starts: &[Start], of: fn(&Start) -> Duration) -> (Duration
     let mut times: Vec<_> = starts.iter().map(of).collect();
     times.sort_unstable();
     (times[0], times[times.len() / 2])
-}
-
-/// Waits for process `pid`: its status where it exited, and its peak resident set in KiB (wait4(2)).
-fn wait(pid: u32) -> Result<(Option<i32>, u64), Box<dyn Error>> {
-    let (mut status, pid) = (0, libc::pid_t::try_from(pid)?);
-    // SAFETY: rusage is plain integers, for which zeros are valid.
-    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-    // SAFETY: both pointers are to locals of the types that the call fills.
-    while unsafe { libc::wait4(pid, &raw mut status, 0, &raw mut usage) } < 0 {
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error.into());
-        }
-    }
-    let code = libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status));
-    Ok((code, u64::try_from(usage.ru_maxrss)?))
 }
 
 /// An ELF file for 32-bit processors with a PVH entry (Xen's note XEN_ELFNOTE_PHYS32_ENTRY): writes
@@ -149,20 +135,6 @@ fn tiny_elf() -> Vec<u8> {
     elf.resize(CODE_AT as usize, 0);
     elf.extend(code);
     elf
-}
-
-/// Builds vmrun as `make vmrun` does and returns where it is: beside this program.
-fn build_vmrun() -> Result<PathBuf, Box<dyn Error>> {
-    let build = "rustc --release --quiet -p vmcore-examples --bin vmrun -- -C target-feature=+crt-static";
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo).args(build.split_whitespace()).status()?;
-    if !status.success() {
-        return Err(format!("vmrun cannot be built (cargo {build}): {status}").into());
-    }
-    // target/release/deps/startup-1234 is this, target/release/vmrun the other.
-    let own = std::env::current_exe()?;
-    let vmrun = own.ancestors().nth(2).ok_or("no target directory")?.join("vmrun");
-    if vmrun.exists() { Ok(vmrun) } else { Err(format!("no {}", vmrun.display()).into()) }
 }
 
 fn subjects(kernel: &Path) -> Result<Vec<Subject>, Box<dyn Error>> {

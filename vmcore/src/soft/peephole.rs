@@ -8,7 +8,7 @@
 //! A comparison and the conditional branch behind it are executed by the comparison's handler. The
 //! branch stays where it is: for when the comparison has gone the slow way.
 
-use super::cpu::op::{FlagUse, Handler, Op, Selected};
+use super::cpu::op::{FlagUse, Handler, Op, Selected, WithBranch};
 use super::decode::Decoded;
 
 /// Looks at the instructions of a block while they are decoded.
@@ -17,7 +17,7 @@ pub(in crate::soft) struct Peephole {
     /// The instructions whose flags nobody has seen yet, with what to run if nobody ever does.
     unseen: Vec<(usize, Handler)>,
     /// What the last instruction is with a branch behind it.
-    with_branch: Option<super::cpu::op::WithBranch>,
+    with_branch: Option<WithBranch>,
 }
 
 impl Peephole {

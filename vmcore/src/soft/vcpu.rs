@@ -23,8 +23,9 @@ use crate::state::{Regs, RunState, Sregs, VcpuState};
 /// Blocks between two looks at the clock: some microseconds.
 const BLOCKS_PER_LOOK: u32 = 512;
 
-/// Blocks that follow a block without the run loop's doing: see [`Cpu::follow`].
-const MORE_BLOCKS: u32 = 15;
+/// Blocks that follow a block without the run loop's doing: see [`Cpu::follow`]. In builds that are not
+/// optimized their instructions are calls within one another, which must fit a thread's stack.
+const MORE_BLOCKS: u32 = 7;
 
 /// A vCPU of the software CPU.
 pub(in crate::soft) struct SoftVcpu {

@@ -62,16 +62,22 @@ pub(super) fn index(at: u64) -> usize {
 impl Table {
     const EMPTY: Self = Self { entries: [NOTHING; ENTRIES], gpa: [0; ENTRIES] };
 
-    fn clear(&mut self) {
+    /// Drops everything. Returns `true`, for [`Banks::flush_bank`].
+    fn clear(&mut self) -> bool {
         self.entries.fill(NOTHING);
+        true
     }
 
-    fn clear_unless_global(&mut self) {
+    /// Drops what is not global. Returns whether that was anything.
+    fn clear_unless_global(&mut self) -> bool {
+        let mut dropped = false;
         for (entry, gpa) in self.entries.iter_mut().zip(&self.gpa) {
             if gpa & GLOBAL == 0 {
+                dropped |= entry.tag & EMPTY == 0;
                 *entry = NOTHING;
             }
         }
+        dropped
     }
 
     fn clear_page(&mut self, at: u64) {
@@ -101,8 +107,11 @@ pub(super) struct Bank {
     pub(super) read: Table,
     pub(super) write: Table,
     pub(super) execute: Table,
-    /// Changes whenever a translation for execution is dropped.
+    /// Changes whenever a translation for execution is dropped that was used in this context.
     pub(super) context: u64,
+    /// A translation for execution has been displaced since `context` changed: what it led to may still
+    /// be in use, and no dropping of translations will find it.
+    displaced: bool,
     /// Whether anything was entered since the last clearing.
     used: bool,
     /// Which 2 MiB and 1 GiB pages parts were entered of, as bit sets of hashes: INVLPG of one address
@@ -121,6 +130,19 @@ impl Bank {
         }
     }
 
+    /// Notes that a translation for execution of `at` is about to be entered.
+    pub(super) fn displace_executed(&mut self, at: u64) {
+        let entry = self.execute.entries[index(at)];
+        self.displaced |= entry.tag & EMPTY == 0 && entry.tag & PAGE != at & PAGE;
+    }
+
+    /// Begins another context.
+    fn change_context(&mut self, contexts: &mut u64) {
+        *contexts += 1;
+        self.context = *contexts;
+        self.displaced = false;
+    }
+
     /// Drops the translations of the page of `at`, whatever its size. Returns whether one for execution
     /// may have been among them.
     fn clear_page(&mut self, at: u64) -> bool {
@@ -130,7 +152,7 @@ impl Bank {
             // 4 MiB for the pages of 32-bit paging.
             22
         } else {
-            let executed = self.execute.find(at).is_some();
+            let executed = self.displaced || self.execute.find(at).is_some();
             for table in [&mut self.read, &mut self.write, &mut self.execute] {
                 table.clear_page(at);
             }
@@ -150,6 +172,7 @@ impl Bank {
             write: Table::EMPTY,
             execute: Table::EMPTY,
             context,
+            displaced: false,
             used: false,
             large: [0; 64],
             huge: 0,
@@ -253,17 +276,20 @@ impl Banks {
         self.current = NonNull::from(&mut **bank);
     }
 
-    fn flush_bank(bank: &mut Bank, contexts: &mut u64, clear: fn(&mut Table)) {
+    /// Clears a bank's tables by `clear`, which returns whether it has dropped anything.
+    fn flush_bank(bank: &mut Bank, contexts: &mut u64, clear: fn(&mut Table) -> bool) {
         if !bank.used {
             return;
         }
-        for table in [&mut bank.read, &mut bank.write, &mut bank.execute] {
-            clear(table);
+        clear(&mut bank.read);
+        clear(&mut bank.write);
+        // A kernel's own code is global: its blocks stay known through changes of address space.
+        if clear(&mut bank.execute) || bank.displaced {
+            bank.change_context(contexts);
         }
-        bank.context = Self::next_context(contexts);
     }
 
-    fn flush_slot(&mut self, slot: usize, clear: fn(&mut Table)) {
+    fn flush_slot(&mut self, slot: usize, clear: fn(&mut Table) -> bool) {
         for bank in self.banks[slot * KINDS..][..KINDS].iter_mut().flatten() {
             Self::flush_bank(bank, &mut self.contexts, clear);
         }
@@ -285,7 +311,7 @@ impl Banks {
     pub(super) fn flush_page(&mut self, at: u64) {
         for bank in self.banks.iter_mut().flatten() {
             if bank.clear_page(at) {
-                bank.context = Self::next_context(&mut self.contexts);
+                bank.change_context(&mut self.contexts);
             }
         }
     }
@@ -305,5 +331,58 @@ impl Banks {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As far apart as entries of one index are.
+    const SAME_INDEX: u64 = (ENTRIES as u64) << 12;
+
+    fn execute(banks: &mut Banks, at: u64, global: bool) {
+        let bank = banks.active_mut();
+        bank.displace_executed(at);
+        bank.execute.set(at, 0, 0x7000, at, global);
+    }
+
+    #[test]
+    fn a_displaced_translation_is_flushed_too() {
+        let mut banks = Banks::new();
+        execute(&mut banks, 0x5000, false);
+        let before = banks.active().context;
+        banks.flush_page(0x6000);
+        assert_eq!(banks.active().context, before, "nothing was there");
+        execute(&mut banks, 0x5000 + SAME_INDEX, false);
+        banks.flush_page(0x5000);
+        assert_ne!(banks.active().context, before, "blocks of 0x5000 would be found");
+        // Once is enough.
+        let before = banks.active().context;
+        banks.flush_page(0x5000);
+        assert_eq!(banks.active().context, before);
+    }
+
+    #[test]
+    fn the_context_outlives_a_flush_that_spares_all_code() {
+        let mut banks = Banks::new();
+        banks.set_process(0);
+        execute(&mut banks, 0x5000, true);
+        let before = banks.active().context;
+        banks.flush_process(0);
+        assert_eq!(banks.active().context, before);
+        execute(&mut banks, 0x6000, false);
+        banks.flush_process(0);
+        assert_ne!(banks.active().context, before);
+        let before = banks.active().context;
+        // What displaces may be global where the displaced one was not.
+        execute(&mut banks, 0x6000, false);
+        execute(&mut banks, 0x6000 + SAME_INDEX, true);
+        banks.flush_process(0);
+        assert_ne!(banks.active().context, before);
+        assert!(banks.active().execute.find(0x5000).is_some());
+        let before = banks.active().context;
+        banks.flush_all();
+        assert_ne!(banks.active().context, before);
     }
 }

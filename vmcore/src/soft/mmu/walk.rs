@@ -87,7 +87,10 @@ impl Mmu {
         let bank = self.banks.active_mut();
         let (table, flags) = match (access, slot) {
             (Access::Read, slot) => (&mut bank.read, if slot.is_some() { 0 } else { DEVICE }),
-            (Access::Execute, slot) => (&mut bank.execute, if slot.is_some() { 0 } else { DEVICE }),
+            (Access::Execute, slot) => {
+                bank.displace_executed(at);
+                (&mut bank.execute, if slot.is_some() { 0 } else { DEVICE })
+            }
             (Access::Write, Some(slot)) if slot.writable => {
                 slot.mark_dirty(gpa);
                 let has_code = slot.code(gpa).is_some_and(|word| word.load(Ordering::SeqCst) != 0);
