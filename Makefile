@@ -45,10 +45,11 @@ SOFT_BOOTS := cloud_kernel_powers_off four_vcpus_and_six_gib_power_off a_panic_r
 boot: guests
 	examples/guest/real-kvm cargo test -p vmcore --test contract -- ::kvm::
 	VMCORE_ACCEL=soft VMCORE_REQUIRE_BOOT=1 cargo test -p vmdevices --test boot -- --test-threads=1 $(SOFT_BOOTS)
+	VMCORE_REQUIRE_BOOT=1 cargo test -p vmdevices --test deterministic
 	examples/guest/real-kvm cargo test -p vmdevices --test boot -- --test-threads=1 --skip other::
 
-# An hour of work in a Debian system on the software CPU: dpkg, apt, Python's tests, gcc, openssl, sqlite and
-# half an hour of stress-ng, one after the other.
+# Work in a Debian system on the software CPU, about an hour of it: dpkg, apt, Python's tests, gcc, openssl,
+# sqlite and half an hour of stress-ng, one after the other.
 soak: guests
 	VMCORE_ACCEL=soft VMCORE_REQUIRE_BOOT=1 cargo test -p vmdevices --test boot -- --test-threads=1 \
 	  --ignored a_debian_system
