@@ -24,7 +24,6 @@
 
 mod attach;
 mod block;
-mod complaints;
 mod console;
 mod device;
 #[cfg(test)]
