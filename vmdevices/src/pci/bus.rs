@@ -139,7 +139,7 @@ impl PciBus {
     /// addresses are used up; [`Error::Conflict`] where a function is at `address`.
     pub fn add(&self, address: Option<PciAddress>, device: Box<dyn PciDevice>) -> Result<PciAddress> {
         let mut inner = self.lock();
-        let address = inner.place(address)?;
+        let address = inner.free(address)?;
         let description = device.describe();
         let pin = description.pin.then(|| {
             let input = address.function % 4;
@@ -157,6 +157,14 @@ impl PciBus {
         let function = Function::new(name, device, &description, config, interrupts, platform, windows)?;
         inner.functions.insert(address.number(), function);
         Ok(address)
+    }
+
+    /// Where a device would go that is to be at `address`, or in the first free slot.
+    ///
+    /// # Errors
+    /// As [`PciBus::add`] for the address.
+    pub fn free(&self, address: Option<PciAddress>) -> Result<PciAddress> {
+        self.lock().free(address)
     }
 
     /// The devices of type-1 configuration accesses: a port at 0xCF8, which also has the state of the whole
@@ -238,7 +246,7 @@ impl PciBus {
 
 impl Inner {
     /// Where a new function goes.
-    fn place(&self, address: Option<PciAddress>) -> Result<PciAddress> {
+    fn free(&self, address: Option<PciAddress>) -> Result<PciAddress> {
         let refused =
             |value: String, fix: &str| Err(Error::Config { what: "PCI address", value, fix: fix.to_owned() });
         let Some(address) = address else {
