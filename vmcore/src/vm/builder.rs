@@ -9,7 +9,7 @@ use super::turns::Turns;
 use super::{Inside, Vm};
 use crate::backend::{Backend, BackendConfig};
 use crate::boot::acpi::{self, AcpiConfig, AcpiHid};
-use crate::boot::{self, Boot, MemoryLayout, layout, mptable};
+use crate::boot::{self, Boot, E820Kind, MemoryLayout, layout, mptable};
 use crate::cpuid::{CpuConfig, CpuModel, Cpuid, Topology};
 use crate::deterministic::Deterministic;
 use crate::error::{Error, Result};
@@ -182,7 +182,7 @@ impl VmBuilder {
         }
         let shared = Arc::new(Shared::default());
         let mut inside = Inside::new(vm, backend, why);
-        let layout = MemoryLayout::pc(self.memory);
+        let mut layout = MemoryLayout::pc(self.memory);
         self.map_memory(&inside, &layout)?;
         let control = Control(shared.clone());
         let mut machine = Machine::new(
@@ -197,6 +197,10 @@ impl VmBuilder {
         let devices = std::mem::take(&mut self.devices);
         let attached = devices.into_iter().try_for_each(|device| device.attach(&mut machine));
         inside.io_threads = std::mem::take(&mut machine.io_threads);
+        if let Some(pci) = &machine.pci {
+            // Linux trusts what it finds here even before it can read the DSDT.
+            layout.reserve(pci.ecam, E820Kind::Reserved, "PCI configuration space");
+        }
         if let Some(world) = inside.vm.world() {
             let turns = Turns::new(world.clone(), machine.timers.clone());
             inside.turns = Some(Arc::new(Mutex::new(turns)));
