@@ -94,7 +94,7 @@ struct State {
 }
 
 impl PciBus {
-    /// A bus on `platform` that forwards `windows`, with the interrupt of pin `p` (0 to 3) of slot `n` at
+    /// A bus on `platform` that puts BARs into `windows`, with the interrupt of pin `p` (0 to 3) of slot `n` at
     /// `gsis[(n + p) % 4]`. To be reached, it must be put on buses: [`PciBus::type1`], [`PciBus::ecam`].
     ///
     /// # Errors

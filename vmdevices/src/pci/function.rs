@@ -8,7 +8,7 @@ use vmcore::{BusDevice, Error, GuestAddress, Platform, Result};
 use super::config::{self, Config, command};
 use super::device::{Bar, Description, MsixTable, PciDevice};
 use super::interrupt::{self, Interrupts};
-use super::windows::Windows;
+use super::windows::{self, Windows};
 use crate::complaints::Complaints;
 
 /// A function, as the bus and the views of its BARs share it.
@@ -27,7 +27,6 @@ pub(super) struct Function {
     msix: Option<MsixTable>,
     interrupts: Interrupts,
     platform: Platform,
-    windows: Windows,
     complaints: Complaints,
     /// Itself, for the views of its BARs, which keep it.
     own: Weak<Mutex<Function>>,
@@ -75,7 +74,6 @@ impl Function {
                 msix: description.msix,
                 interrupts,
                 platform,
-                windows: windows.clone(),
                 complaints: Complaints::default(),
                 own: own.clone(),
             })
@@ -132,7 +130,7 @@ impl Function {
         let decoding = self.config.command() & command::MEMORY != 0;
         let wanted = |config: &Config, bar: &Bar| {
             let at = config.bar(bar);
-            (decoding && self.windows.forwards(at, bar.len)).then_some(at)
+            (decoding && windows::forwards(at, bar.len)).then_some(at)
         };
         let wanted: Vec<_> = self.bars.iter().map(|mapped| wanted(&self.config, &mapped.bar)).collect();
         let mut freed = false;

@@ -31,8 +31,8 @@
 //! let builder = Vm::builder().attach(pci::device(Counter(0)).slot(5));
 //! ```
 //!
-//! What a guest writes ends at its own function: a BAR answers only inside the bridge's windows, and where no
-//! memory and no other device is; elsewhere it is silent until the guest moves it.
+//! What a guest writes ends at its own function: a BAR answers only where no memory, no interrupt controller and
+//! no other device is; elsewhere it is silent until the guest moves it.
 //!
 //! Sources: PCI Local Bus Specification 3.0 ("PCI"), PCI Express Base Specification 5.0 for ECAM.
 

@@ -1,5 +1,9 @@
-//! The guest-physical addresses that the host bridge forwards, and where BARs are put in them.
+//! The guest-physical addresses that the host bridge forwards, and where BARs are put at first.
+//!
+//! Guests are told of windows, and those with ACPI stay in them. Others (Linux with `pci=noacpi`) put BARs wherever
+//! they know of nothing else, hence the bridge forwards, as a PC's does, all that is not somebody else's.
 
+use vmcore::boot::layout;
 use vmcore::memory::GpaRange;
 use vmcore::{Error, GuestAddress, Result};
 
@@ -8,7 +12,19 @@ use super::device::Bar;
 /// BARs of this length and more go above 4 GiB, where they can.
 const LARGE: u64 = 16 << 20;
 
-/// The windows of a bridge.
+/// Below is what a PC keeps for its own devices and firmware, whatever is there.
+const FIRST: u64 = layout::ONE_MIB;
+
+/// Interrupt controllers and firmware: the backend answers here itself, in part.
+const PLATFORM: GpaRange = GpaRange { base: layout::IOAPIC.base, len: (1 << 32) - layout::IOAPIC.base };
+
+/// Whether the bridge forwards the `len` addresses from `base`, unless memory or another device is there.
+pub(super) fn forwards(base: u64, len: u64) -> bool {
+    let range = GpaRange { base, len };
+    base >= FIRST && range.end().is_some() && !range.overlaps(&PLATFORM)
+}
+
+/// The windows of a bridge, which BARs are put into.
 #[derive(Clone, Debug)]
 pub(super) struct Windows(Vec<Window>);
 
@@ -22,14 +38,6 @@ struct Window {
 impl Windows {
     pub(super) fn new(ranges: &[GpaRange]) -> Self {
         Self(ranges.iter().map(|&all| Window { all, next: all.base }).collect())
-    }
-
-    /// Whether the bridge forwards all `len` addresses from `base` in one window.
-    pub(super) fn forwards(&self, base: u64, len: u64) -> bool {
-        let end = base.checked_add(len);
-        self.0.iter().any(|window| {
-            base >= window.all.base && end.is_some_and(|end| window.all.end().is_some_and(|all| end <= all))
-        })
     }
 
     /// Gives out addresses for `bar`.

@@ -82,7 +82,10 @@ fn use_devices(script: &Script, hvc: &Script, card: bool, options: &str, expecte
         "{functions}"
     );
     let resource = ask("cat 0000:00:01.0/resource");
-    assert!(resource.contains("0x00000000c0000000 0x00000000c0007fff 0x0000000000140204"), "{resource}");
+    assert!(resource.contains("7fff 0x0000000000140204"), "{resource}");
+    // Where the guest was told of the window, what was there at first stays.
+    let as_found = resource.contains("0x00000000c0000000 0x00000000c0007fff");
+    assert!(as_found || options.contains("noacpi"), "{resource}");
 
     disk(&ask);
     let random = ask("dd if=/dev/hwrng bs=64 count=1 2>/dev/null | wc -c");
@@ -117,6 +120,8 @@ fn use_devices(script: &Script, hvc: &Script, card: bool, options: &str, expecte
     disk(&ask);
 
     // Nothing that a kernel warns of (levels 0 to 4).
+    let informed = ask("dmesg -r | grep -c '^<6>.*PCI'");
+    assert!(!informed.trim().starts_with('0'), "{informed}");
     let complaints =
         ask("dmesg -r | grep -E '^<[0-4]>' | grep -iE 'pci|acpi|bar |irq|virtio|mmconfig|firmware'");
     let harmless = |line: &str| {
@@ -133,7 +138,7 @@ fn use_devices(script: &Script, hvc: &Script, card: bool, options: &str, expecte
 fn disk(ask: &impl Fn(&str) -> String) {
     let compared = ask(
         "head -c 4000000 /dev/urandom > /tmp/a; dd if=/tmp/a of=/dev/vda bs=64k conv=fsync 2>/dev/null; \
-                        echo 3 > /proc/sys/vm/drop_caches; cmp -n 4000000 /tmp/a /dev/vda && echo the same",
+                        echo 3 > /proc/sys/vm/drop_caches; cmp -n 4000000 /tmp/a /dev/vda && [ -b /dev/vda ] && echo the same",
     );
     assert!(compared.contains("the same"), "{compared}");
 }
@@ -158,9 +163,9 @@ fn the_mp_table_routes_pins_where_acpi_does_not() {
 /// Debian's cloud kernel reads no MP table: it is left with the 8259As.
 #[test]
 fn type_1_and_the_8259as_are_enough() {
-    works("cloud", 1, "acpi=off", Interrupts::Messages);
+    works("cloud", 1, "acpi=off", Interrupts::Pic);
     works("cloud", 1, "pci=noacpi", Interrupts::Messages);
-    works("cloud", 1, "acpi=off pci=nomsi", Interrupts::Pic);
+    works("cloud", 1, "pci=noacpi,nomsi", Interrupts::Pic);
 }
 
 #[test]
