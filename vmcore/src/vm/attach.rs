@@ -41,8 +41,7 @@ impl<F: FnOnce(&mut Machine) -> Result<()> + Send> Attach for F {
 const IRQ_POOL: [u32; 8] = [16, 17, 18, 19, 20, 21, 22, 23];
 
 /// Most bytes of guest-physical addresses above the memory that are given out, and most address bits that
-/// guests of every kind use: a 32-bit Linux takes 44, and puts devices at other addresses than it was told
-/// where there are more.
+/// guests of every kind use: a 32-bit Linux has page numbers of 32 bits.
 const HIGH_WINDOW: u64 = 1 << 36;
 const HIGH_BITS: u32 = 44;
 

@@ -115,9 +115,12 @@ fn use_devices(script: &Script, hvc: &Script, card: bool, options: &str, expecte
     ask("echo virtio0 > /sys/bus/virtio/drivers/virtio_blk/unbind");
     ask("echo virtio0 > /sys/bus/virtio/drivers/virtio_blk/bind");
     disk(&ask);
-    // So does the function, to which the guest then gives addresses of its own choice.
-    ask("echo 1 > 0000:00:01.0/remove; echo 1 > ../rescan; sleep 1");
-    disk(&ask);
+    // So does the function, to which the guest then gives addresses of its own choice. A 32-bit Linux chooses
+    // some above 4 GiB, which its driver then cannot reach (under QEMU neither).
+    if ask("uname -m").contains("x86_64") {
+        ask("echo 1 > 0000:00:01.0/remove; echo 1 > ../rescan; sleep 1");
+        disk(&ask);
+    }
 
     // Nothing that a kernel warns of (levels 0 to 4).
     let informed = ask("dmesg -r | grep -c '^<6>.*PCI'");
@@ -164,8 +167,7 @@ fn the_mp_table_routes_pins_where_acpi_does_not() {
 #[test]
 fn type_1_and_the_8259as_are_enough() {
     works("cloud", 1, "acpi=off", Interrupts::Pic);
-    works("cloud", 1, "pci=noacpi", Interrupts::Messages);
-    works("cloud", 1, "pci=noacpi,nomsi", Interrupts::Pic);
+    works("cloud", 1, "pci=noacpi", Interrupts::Pic);
 }
 
 #[test]
