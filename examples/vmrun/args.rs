@@ -45,6 +45,10 @@ pub struct Args {
     #[arg(long, value_name = "none|tap=NAME", default_value = "none", value_parser = net)]
     pub net: NetArg,
 
+    /// What disks and network card are behind: virtio-mmio, or virtio-pci
+    #[arg(long, value_enum, default_value_t = TransportArg::Mmio)]
+    pub transport: TransportArg,
+
     /// Size of the guest's memory: 64M, 2G, ...
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size)]
     pub memory: u64,
@@ -104,6 +108,15 @@ pub enum AccelArg {
     Kvm,
     /// The software CPU.
     Soft,
+}
+
+/// `--transport`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TransportArg {
+    /// virtio-mmio, which guests find by ACPI only.
+    Mmio,
+    /// virtio-pci, which every guest with PCI finds.
+    Pci,
 }
 
 /// `--entry`.
@@ -308,5 +321,7 @@ mod tests {
         refused(&["--memory", "1.5G"], &["512M"]);
         refused(&["--cpus", "0"], &["zero"]);
         refused(&["--accel", "hvf"], &["auto, kvm"]);
+        assert_eq!(parse(&["--transport", "pci"]).unwrap().transport, TransportArg::Pci);
+        refused(&["--transport", "ccw"], &["mmio, pci"]);
     }
 }

@@ -63,9 +63,11 @@
 pub mod block;
 mod board;
 pub mod buffers;
+mod complaints;
 pub mod console;
 pub mod legacy;
 pub mod net;
+pub mod pci;
 mod saved;
 pub mod virtio;
 

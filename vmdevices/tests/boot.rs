@@ -6,6 +6,7 @@
 
 mod network;
 mod other;
+mod pci;
 
 use std::io;
 use std::net::{Shutdown, TcpListener};

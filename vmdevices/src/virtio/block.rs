@@ -12,11 +12,11 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 use vmcore::{GuestMemory, Result};
 
-use super::complaints::Complaints;
 use super::device::{Activation, DeviceType, Progress, VirtioDevice, Worker, read_config_bytes};
 use super::queue::{Chain, QueueError, VirtQueue};
 use crate::block::{BlockBackend, DiskError, RawFile};
 use crate::buffers::Buffers;
+use crate::complaints::Complaints;
 
 /// Bytes of a sector, whatever the block size (section 5.2.4).
 const SECTOR: u64 = 512;

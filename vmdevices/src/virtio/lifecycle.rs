@@ -82,6 +82,16 @@ impl Lifecycle {
         word(self.offered, bank)
     }
 
+    /// 32 of the feature bits that the driver has accepted, from bit `32 * bank`.
+    pub(super) fn accepted(&self, bank: u32) -> u32 {
+        word(self.accepted, bank)
+    }
+
+    /// Whether workers serve the queues.
+    pub(super) fn is_active(&self) -> bool {
+        self.runner.is_some()
+    }
+
     /// The driver accepts 32 feature bits, from bit `32 * bank`.
     pub(super) fn accept(&mut self, bank: u32, bits: u32) {
         let now = self.status.get();
