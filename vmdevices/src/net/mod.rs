@@ -1,5 +1,6 @@
 //! What network cards are connected to.
 
+mod nat;
 mod tap;
 
 use std::io;
@@ -8,6 +9,7 @@ use std::sync::Arc;
 
 use crate::buffers::Buffers;
 
+pub use nat::{Action, Cidr, Destination, Forward, Nat, NatError, NatHandle, NatStats, Protocol, RuleCount};
 pub use tap::{Tap, TapError};
 
 /// Length of the header in front of each packet, in bytes: `struct virtio_net_hdr` with

@@ -14,7 +14,7 @@ use vmcore::{Error, EventSet, GuestMemory, Machine, Result};
 use super::device::{Activation, DeviceType, Progress, Source, VirtioDevice, Worker, read_config_bytes};
 use super::queue::{Chain, QueueError, VirtQueue};
 use crate::buffers::Buffers;
-use crate::net::{HEADER, MOST_PACKET, NetBackend, Tap, TapError};
+use crate::net::{HEADER, MOST_PACKET, Nat, NetBackend, Tap, TapError};
 
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
@@ -69,6 +69,14 @@ impl Net {
     /// As [`Tap::open`].
     pub fn tap(name: &str) -> Result<Self> {
         Self::new(Tap::open(name).map_err(|error: TapError| Error::from(error))?)
+    }
+
+    /// A card on a network of the guest's own behind this process, which needs no privilege.
+    ///
+    /// # Errors
+    /// As [`Net::new`].
+    pub fn nat(nat: Nat) -> Result<Self> {
+        Self::new(nat)
     }
 
     /// Gives the card the address `mac`.
