@@ -30,11 +30,14 @@ const ROWS: [(&str, &str, Option<f64>); 10] = [
     ("disk", "virtio-blk 4k O_DIRECT, depth 1", Some(1.0)),
 ];
 
-/// What a virtio-mmio disk needs of a Debian kernel, in the order of loading.
-const MODULES: [&str; 4] = [
+/// What a disk needs of a Debian kernel, on virtio-mmio or virtio-pci, in the order of loading.
+const MODULES: [&str; 7] = [
     "drivers/virtio/virtio_ring",
     "drivers/virtio/virtio",
     "drivers/virtio/virtio_mmio",
+    "drivers/virtio/virtio_pci_legacy_dev",
+    "drivers/virtio/virtio_pci_modern_dev",
+    "drivers/virtio/virtio_pci",
     "drivers/block/virtio_blk",
 ];
 
