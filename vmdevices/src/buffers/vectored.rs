@@ -9,7 +9,7 @@ use vm_memory::bitmap::Bitmap;
 use super::Buffers;
 
 /// Most pieces one system call takes (`IOV_MAX` in limits.h of Linux).
-const MOST_PIECES: usize = 1024;
+pub(crate) const MOST_PIECES: usize = 1024;
 
 /// Up to this many pieces need no allocation.
 const FEW_PIECES: usize = 32;
@@ -69,6 +69,27 @@ impl Buffers<'_> {
         self.drain(drain)
     }
 
+    /// Whether every piece begins and ends at a multiple of `align` bytes of host memory.
+    pub(crate) fn aligned(&self, align: usize) -> bool {
+        align <= 1
+            || self
+                .slices()
+                .iter()
+                .all(|slice| (slice.ptr_guard().as_ptr().addr() | slice.len()).is_multiple_of(align))
+    }
+
+    /// The pieces that are left as vectors for the kernel; good for as long as the memory is mapped.
+    pub(crate) fn to_vectors(&self) -> Vec<libc::iovec> {
+        self.pieces().collect()
+    }
+
+    fn pieces(&self) -> impl Iterator<Item = libc::iovec> {
+        self.slices().iter().map(|slice| libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        })
+    }
+
     fn fill(&mut self, tail: &[libc::iovec], call: impl Fn(&[libc::iovec]) -> isize) -> io::Result<usize> {
         let done = self.vectors(tail, |iov| retry(|| call(iov)))?;
         let mut rest = done;
@@ -96,11 +117,7 @@ impl Buffers<'_> {
     /// and `self` lives through the call. No Rust reference to it exists, so that the guest and the
     /// kernel may change it at any time.
     fn vectors<R>(&self, tail: &[libc::iovec], call: impl FnOnce(&[libc::iovec]) -> R) -> R {
-        let pieces = self.slices().iter().map(|slice| libc::iovec {
-            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-            iov_len: slice.len(),
-        });
-        let all = pieces.take(MOST_PIECES - tail.len()).chain(tail.iter().copied());
+        let all = self.pieces().take(MOST_PIECES - tail.len()).chain(tail.iter().copied());
         if self.slices().len() + tail.len() <= FEW_PIECES {
             let mut few = [EMPTY; FEW_PIECES];
             let count = few.iter_mut().zip(all).map(|(slot, iov)| *slot = iov).count();

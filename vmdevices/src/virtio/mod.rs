@@ -37,14 +37,14 @@ mod rng;
 mod runner;
 
 pub use attach::{MmioAttach, mmio};
-pub use block::Disk;
+pub use block::{CacheMode, Disk, DiskHandle};
 pub use console::VirtioConsole;
 pub use device::{
     Activation, DeviceType, Progress, Source, Transport, VirtioDevice, Worker, read_config_bytes,
 };
 pub use mmio::{Interrupt, VirtioMmio};
 pub use net::{Mac, Net};
-pub use queue::{Chain, QueueError, VirtQueue};
+pub use queue::{Chain, QueueError, RangeChain, VirtQueue};
 pub use rng::Rng;
 pub use runner::Threading;
 
