@@ -5,6 +5,7 @@
 
 mod direct;
 mod error;
+mod faulty;
 mod limit;
 mod lock;
 mod pool;
@@ -18,6 +19,7 @@ use std::os::fd::BorrowedFd;
 use crate::buffers::Buffers;
 
 pub use error::DiskError;
+pub use faulty::{Effect, Fault, Faulty, Operation};
 pub(crate) use limit::Limiter;
 pub use limit::{Limits, Rate};
 pub(crate) use pool::Pool;

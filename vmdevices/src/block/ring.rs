@@ -223,3 +223,86 @@ impl<T> Drop for Ring<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::RawFile;
+    use std::os::unix::fs::FileExt;
+    use vmcore::{GuestAddress, GuestMemory, MemoryRegion};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    /// A ring on an image of 64 KiB, unless the kernel has none.
+    fn ring(image: &tempfile::NamedTempFile) -> Option<(Ring<u32>, EventFd)> {
+        image.as_file().set_len(1 << 16).unwrap();
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        match Ring::new(Arc::new(RawFile::open(image.path(), false).unwrap()), 4, &event) {
+            Ok(ring) => Some((ring, event)),
+            Err(error) => {
+                println!("skipped: no io_uring here: {error}");
+                None
+            }
+        }
+    }
+
+    fn ranges(all: &[(u64, usize)]) -> GuestRanges {
+        let mut ranges = GuestRanges::default();
+        all.iter().for_each(|&(at, len)| ranges.push(GuestAddress(at), len));
+        ranges
+    }
+
+    #[test]
+    fn transfers_go_between_memory_and_file_and_mark_what_they_fill() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let Some((mut ring, event)) = ring(&image) else { return };
+        let region = MemoryRegion::builder(GuestAddress(0), 0x1_0000).track_dirty().build().unwrap();
+        let memory = GuestMemory::new();
+        memory.insert(region.clone().into()).unwrap();
+        memory.write(GuestAddress(0x100), &[7; 300]).unwrap();
+        region.take_host_dirty().unwrap();
+        let map = memory.snapshot();
+        // Two parts of one transfer, with a piece of another length.
+        let parts = || vec![ranges(&[(0x100, 100), (0x180, 10)]), ranges(&[(0x190, 60)])];
+        ring.transfer(Transfer::Write { durable: true }, &map, parts(), 512, 1).unwrap();
+        ring.flush(&map, 2).unwrap();
+        // Past the end: short, of which the first bytes count.
+        let end = vec![ranges(&[(0x5000, 0x1000), (0x7000, 0x1000)])];
+        ring.transfer(Transfer::Read, &map, end, (1 << 16) - 0x1800, 3).unwrap();
+        let nowhere = vec![ranges(&[(1 << 40, 1)])];
+        assert_eq!(ring.transfer(Transfer::Read, &map, nowhere, 0, 4), Err(4));
+        ring.submit();
+        // The memory may be taken from the guest meanwhile.
+        memory.remove(GuestAddress(0)).unwrap();
+        drop(map);
+        let mut results = Vec::new();
+        while ring.len() > 0 {
+            ring.wait();
+            results.extend(std::iter::from_fn(|| ring.take()).map(|(n, result)| (n, result.unwrap())));
+        }
+        results.sort_unstable();
+        assert_eq!(results, [(1, 170), (2, 0), (3, 0x1800)]);
+        assert!(event.read().unwrap() >= 1);
+        let mut stored = [0; 180];
+        image.as_file().read_exact_at(&mut stored, 512).unwrap();
+        assert!(stored[..170] == [7; 170] && stored[170..] == [0; 10]);
+        let dirty = region.take_host_dirty().unwrap();
+        assert_eq!(dirty.dirty_offsets().collect::<Vec<_>>(), [0x5000, 0x7000]);
+    }
+
+    #[test]
+    fn a_full_ring_gives_back_and_one_that_is_dropped_waits() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let Some((mut ring, _)) = ring(&image) else { return };
+        let memory = crate::buffers::tests::memory();
+        let map = memory.snapshot();
+        let queued = (0..10).filter(|&n| {
+            let parts = vec![ranges(&[(u64::from(n) * 0x100, 0x100)])];
+            ring.transfer(Transfer::Read, &map, parts, 0, n).is_ok()
+        });
+        assert_eq!(queued.count(), 4);
+        ring.submit();
+        assert!(!ring.is_backed_up());
+        drop(ring);
+        assert_eq!(Arc::strong_count(&map), 2, "a request is in flight still");
+    }
+}
