@@ -1,11 +1,15 @@
 //! Pieces of guest memory that a request reads or fills: what virtqueue chains, disks and networks
 //! hand to each other without copying.
 
+mod ranges;
 mod vectored;
 
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BS;
 use vmcore::memory::Tracker;
+
+pub use ranges::GuestRanges;
+pub(crate) use vectored::MOST_PIECES;
 
 /// One piece of host memory that backs guest memory. The guest may change it at any moment.
 pub type GuestSlice<'m> = VolatileSlice<'m, BS<'m, Tracker>>;

@@ -9,7 +9,7 @@ use vm_memory::bitmap::Bitmap;
 use super::Buffers;
 
 /// Most pieces one system call takes (`IOV_MAX` in limits.h of Linux).
-const MOST_PIECES: usize = 1024;
+pub(crate) const MOST_PIECES: usize = 1024;
 
 /// Up to this many pieces need no allocation.
 const FEW_PIECES: usize = 32;
@@ -102,6 +102,27 @@ impl Buffers<'_> {
         Ok(done)
     }
 
+    /// Whether every piece begins and ends at a multiple of `align` bytes of host memory.
+    pub(crate) fn aligned(&self, align: usize) -> bool {
+        align <= 1
+            || self
+                .slices()
+                .iter()
+                .all(|slice| (slice.ptr_guard().as_ptr().addr() | slice.len()).is_multiple_of(align))
+    }
+
+    /// The pieces that are left as vectors for the kernel; good for as long as the memory is mapped.
+    pub(crate) fn to_vectors(&self) -> Vec<libc::iovec> {
+        self.pieces().collect()
+    }
+
+    fn pieces(&self) -> impl Iterator<Item = libc::iovec> {
+        self.slices().iter().map(|slice| libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        })
+    }
+
     fn fill(&mut self, tail: &[libc::iovec], call: impl Fn(&[libc::iovec]) -> isize) -> io::Result<usize> {
         let done = self.vectors(&[], tail, |iov| retry(|| call(iov)))?;
         self.filled(done);
@@ -140,12 +161,8 @@ impl Buffers<'_> {
         tail: &[libc::iovec],
         call: impl FnOnce(&[libc::iovec]) -> R,
     ) -> R {
-        let pieces = self.slices().iter().map(|slice| libc::iovec {
-            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-            iov_len: slice.len(),
-        });
         let others = head.len() + tail.len();
-        let pieces = pieces.take(MOST_PIECES - others);
+        let pieces = self.pieces().take(MOST_PIECES - others);
         let all = head.iter().copied().chain(pieces).chain(tail.iter().copied());
         if self.slices().len() + others <= FEW_PIECES {
             let mut few = [EMPTY; FEW_PIECES];

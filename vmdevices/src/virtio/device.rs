@@ -111,6 +111,9 @@ pub struct Activation {
     pub queues: Vec<VirtQueue>,
     /// The way to the driver, for devices that have more to say than their queues do.
     pub transport: Arc<dyn Transport>,
+    /// The workers run on the vCPU's thread ([`Threading::Vcpu`](super::Threading::Vcpu)): every
+    /// request must have ended when the call that took it returns, since nobody waits for descriptors.
+    pub on_vcpu: bool,
 }
 
 impl Activation {

@@ -1,5 +1,6 @@
 //! Tests with a driver that breaks rules: it writes registers and rings by hand.
 
+mod disks;
 mod every;
 
 use std::collections::VecDeque;

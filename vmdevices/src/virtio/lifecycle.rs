@@ -172,6 +172,7 @@ impl Lifecycle {
             features: self.accepted,
             queues,
             transport: self.transport.clone(),
+            on_vcpu: matches!(self.threading, Threading::Vcpu),
         })?;
         Runner::start(workers, &self.doorbells, &self.threading, &self.status, &self.transport)
     }

@@ -38,7 +38,7 @@ mod rng;
 mod runner;
 
 pub use attach::{MmioAttach, PciAttach, mmio, pci};
-pub use block::Disk;
+pub use block::{CacheMode, Disk, DiskHandle};
 pub use console::VirtioConsole;
 pub use device::{
     Activation, DeviceType, Progress, Source, Transport, VirtioDevice, Worker, read_config_bytes,
@@ -46,7 +46,7 @@ pub use device::{
 pub use mmio::{Interrupt, VirtioMmio};
 pub use net::{Mac, Net};
 pub use pci::VirtioPci;
-pub use queue::{Chain, QueueError, VirtQueue};
+pub use queue::{Chain, QueueError, RangeChain, VirtQueue};
 pub use rng::Rng;
 pub use runner::Threading;
 
