@@ -15,7 +15,7 @@ type Device = fn(&[u8]) -> End;
 
 /// How many queues each has, and what it is.
 const DEVICES: [(usize, &str, Device); 4] =
-    [(1, "block", fuzz::block), (2, "net", fuzz::net), (1, "rng", fuzz::rng), (2, "console", fuzz::console)];
+    [(1, "block", fuzz::block), (3, "net", fuzz::net), (1, "rng", fuzz::rng), (2, "console", fuzz::console)];
 
 /// DRIVER_OK and all before it, and DEVICE_NEEDS_RESET.
 const READY: u32 = 15;
@@ -54,7 +54,7 @@ fn well_formed_requests_are_served() {
         assert_eq!(device(&input), End { status: READY, used: 3 }, "{table:x?}");
     }
     // A packet goes out on queue 1, whose table lies behind that of queue 0, and comes back.
-    let mut input = input(2, &buffer);
+    let mut input = input(3, &buffer);
     let table = MASK + LAYOUT;
     input[table..table + 16].copy_from_slice(&self::input(1, &[(0x8000, 60, 0, 0)])[MASK..MASK + 16]);
     input.extend([OFFER, [3, 1, 0, 0, 0, 0, 0, 0], [6; STEP]].concat());

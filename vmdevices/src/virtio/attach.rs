@@ -26,7 +26,7 @@ pub fn mmio(device: impl VirtioDevice + 'static) -> MmioAttach {
     MmioAttach { device: Box::new(device), threading: None }
 }
 
-/// A virtio device about to be attached; see [`mmio`]. It gets an I/O thread of its own unless told
+/// A virtio device about to be attached; see [`mmio`]. It gets I/O threads of its own unless told
 /// otherwise, and on a deterministic machine is served on the vCPU's thread.
 pub struct MmioAttach {
     device: Box<dyn VirtioDevice>,
@@ -85,7 +85,7 @@ impl Attach for MmioAttach {
             }
             Some(threading) => threading,
             None if machine.is_deterministic() => Threading::Vcpu,
-            None => Threading::IoThreads(vec![machine.io_thread(&format!("virtio{number}"))?]),
+            None => io_threads(machine, number, device.threads())?,
         };
         let interrupt = interrupt(machine, gsi)?;
         let queues = device.queue_sizes().len();
@@ -109,6 +109,13 @@ impl Attach for MmioAttach {
         });
         Ok(())
     }
+}
+
+/// I/O threads for one device alone: `count`, and at least one.
+fn io_threads(machine: &mut Machine, number: u32, count: usize) -> Result<Threading> {
+    let first = machine.io_thread(&format!("virtio{number}"));
+    let more = (1..count).map(|n| machine.io_thread(&format!("virtio{number}.{n}")));
+    std::iter::once(first).chain(more).collect::<Result<_>>().map(Threading::IoThreads)
 }
 
 /// An event where the machine can take one, and a wire otherwise, which on a machine without
