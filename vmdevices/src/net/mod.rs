@@ -1,6 +1,15 @@
-//! What network cards are connected to.
+//! What network cards are connected to: a [`Tap`] of the host, another process by [`Stream`] or
+//! [`Datagram`], other machines of this process by a [`Hub`]; or whatever else is a [`NetBackend`].
+//!
+//! A [`Capture`] records, and a [`Limiter`] limits, what goes through any of them.
 
+mod capture;
+mod datagram;
+mod hub;
+mod limit;
+mod stream;
 mod tap;
+mod wait;
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -8,6 +17,11 @@ use std::sync::Arc;
 
 use crate::buffers::Buffers;
 
+pub use capture::{Capture, Captured};
+pub use datagram::Datagram;
+pub use hub::{Hub, Port, pair};
+pub use limit::{Limited, Limiter, Rate, Rates};
+pub use stream::Stream;
 pub use tap::{Tap, TapError};
 
 /// Length of the header in front of each packet, in bytes: `struct virtio_net_hdr` with
@@ -100,19 +114,34 @@ pub trait NetBackend: Send {
     }
 }
 
+/// The methods of a wrapper that has nothing to add to them.
+macro_rules! forward {
+    ($self:ident => $backend:expr) => {
+        fn features(&$self) -> u64 {
+            $backend.features()
+        }
+        fn set_features(&mut $self, features: u64) -> io::Result<()> {
+            $backend.set_features(features)
+        }
+        fn set_enabled(&mut $self, enabled: bool) -> io::Result<()> {
+            $backend.set_enabled(enabled)
+        }
+        fn mtu(&$self) -> Option<u16> {
+            $backend.mtu()
+        }
+        fn save_state(&$self) -> io::Result<Vec<u8>> {
+            $backend.save_state()
+        }
+        fn restore_state(&mut $self, state: &[u8]) -> io::Result<()> {
+            $backend.restore_state(state)
+        }
+    };
+}
+use forward;
+
 impl<B: NetBackend + ?Sized> NetBackend for Box<B> {
-    fn features(&self) -> u64 {
-        (**self).features()
-    }
-    fn set_features(&mut self, features: u64) -> io::Result<()> {
-        (**self).set_features(features)
-    }
-    fn set_enabled(&mut self, enabled: bool) -> io::Result<()> {
-        (**self).set_enabled(enabled)
-    }
-    fn mtu(&self) -> Option<u16> {
-        (**self).mtu()
-    }
+    forward!(self => (**self));
+
     fn source(&self) -> Option<Arc<dyn AsRawFd + Send + Sync>> {
         (**self).source()
     }
@@ -125,10 +154,60 @@ impl<B: NetBackend + ?Sized> NetBackend for Box<B> {
     fn receive(&mut self, into: &mut Buffers<'_>, spill: &mut [u8]) -> io::Result<usize> {
         (**self).receive(into, spill)
     }
-    fn save_state(&self) -> io::Result<Vec<u8>> {
-        (**self).save_state()
+}
+
+/// Writes `frame` behind a header of zeroes into `into`, as far as there is room, and gives what
+/// [`NetBackend::receive`] is to give.
+fn deliver(frame: &[u8], into: &mut Buffers<'_>) -> usize {
+    into.write(&[0; HEADER]);
+    into.write(frame);
+    HEADER + frame.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::buffers::tests::buffers;
+    use vmcore::{GuestAddress, GuestMemory, MemoryRegion};
+
+    /// A frame of `len` bytes for everybody.
+    pub(super) fn frame(len: usize, byte: u8) -> Vec<u8> {
+        let mut frame = vec![byte; len];
+        frame[..6.min(len)].fill(0xff);
+        frame
     }
-    fn restore_state(&mut self, state: &[u8]) -> io::Result<()> {
-        (**self).restore_state(state)
+
+    /// Guest memory for the longest packet, and where in it.
+    fn memory() -> (GuestMemory, [(u64, usize); 3]) {
+        let memory = GuestMemory::new();
+        memory.insert(MemoryRegion::anonymous(GuestAddress(0), 0x4_0000).unwrap().into()).unwrap();
+        (memory, [(0x100, 5), (0x200, 20), (0x1000, MOST_PACKET)])
+    }
+
+    /// Sends `frame` by `backend`, from several pieces of guest memory and behind a header of ones.
+    pub(super) fn send(backend: &mut dyn NetBackend, frame: &[u8]) -> io::Result<()> {
+        let (memory, places) = memory();
+        let map = memory.snapshot();
+        buffers(&map, &places).write(&[&[0xff; HEADER], frame].concat());
+        backend.send(&mut buffers(&map, &places).take(HEADER + frame.len()))
+    }
+
+    /// The next frame, if there is one; its header must be zero.
+    pub(super) fn receive(backend: &mut dyn NetBackend) -> Option<Vec<u8>> {
+        let (memory, places) = memory();
+        let map = memory.snapshot();
+        buffers(&map, &places).write(&[0xee; HEADER]);
+        match backend.receive(&mut buffers(&map, &places), &mut [0; 100]) {
+            Ok(len) => {
+                let mut bytes = vec![0; len];
+                assert_eq!(buffers(&map, &places).read(&mut bytes), len);
+                assert_eq!(bytes[..HEADER], [0; HEADER]);
+                Some(bytes.split_off(HEADER))
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                None
+            }
+        }
     }
 }

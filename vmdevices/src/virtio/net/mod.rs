@@ -193,7 +193,7 @@ impl Net {
     }
 
     /// Tells the guest that the link has `megabits` per second, in both directions at once. It is told
-    /// no speed otherwise. This limits nothing; see [`net::Limits`](crate::net::Limits).
+    /// no speed otherwise. This limits nothing; see [`Limiter`](crate::net::Limiter).
     pub fn speed(mut self, megabits: u32) -> Self {
         // Section 5.1.4: 0 to 0x7fffffff.
         self.speed = Some(megabits.min(u32::MAX >> 1));
