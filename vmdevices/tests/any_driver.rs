@@ -15,7 +15,7 @@ type Device = fn(&[u8]) -> End;
 
 /// How many queues each has, and what it is.
 const DEVICES: [(usize, &str, Device); 4] =
-    [(1, "block", fuzz::block), (2, "net", fuzz::net), (1, "rng", fuzz::rng), (2, "console", fuzz::console)];
+    [(1, "block", fuzz::block), (5, "net", fuzz::net), (1, "rng", fuzz::rng), (2, "console", fuzz::console)];
 
 /// DRIVER_OK and all before it, and DEVICE_NEEDS_RESET.
 const READY: u32 = 15;
@@ -54,13 +54,32 @@ fn well_formed_requests_are_served() {
         assert_eq!(device(&input), End { status: READY, used: 3 }, "{table:x?}");
     }
     // A packet goes out on queue 1, whose table lies behind that of queue 0, and comes back.
-    let mut input = input(2, &buffer);
+    let mut input = input(5, &buffer);
     let table = MASK + LAYOUT;
     input[table..table + 16].copy_from_slice(&self::input(1, &[(0x8000, 60, 0, 0)])[MASK..MASK + 16]);
     input.extend([OFFER, [3, 1, 0, 0, 0, 0, 0, 0], [6; STEP]].concat());
     // Without large packets to wait for buffers for.
     input[..2].copy_from_slice(&[0x80, 0x7f]);
     assert_eq!(fuzz::net(&input), End { status: READY, used: 1 });
+}
+
+#[test]
+fn commands_are_answered() {
+    let step = |what: u8, data: &[u8]| [&[what, data.len() as u8, 0], data].concat();
+    let steps = [
+        step(0, &[0, 0, 0]),
+        step(1, &[4, 0, 2, 0]),
+        step(2, &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+        // Refused: three pairs of two, a table of 4 GiB.
+        step(0, &[4, 0, 3, 0]),
+        step(0, &[1, 0, 0xff, 0xff, 0xff, 0xff]),
+        // Packets of any header, buffers, moves.
+        step(3, &[0xff; 100]),
+        step(5, &[]),
+        step(7, &[]),
+        step(0, &[2, 0, 5, 0]),
+    ];
+    assert_eq!(fuzz::net_commands(&steps.concat()), 4);
 }
 
 #[test]
@@ -105,5 +124,6 @@ fn arbitrary_drivers_do_no_harm() {
         for (_, _, device) in DEVICES {
             device(&input);
         }
+        fuzz::net_commands(&input);
     }
 }

@@ -51,7 +51,68 @@ pub fn block(input: &[u8]) -> End {
 
 /// Drives a network card, whose network sends packets back, and a large one now and then.
 pub fn net(input: &[u8]) -> End {
-    drive(Net::new(Echo::default()).expect("random numbers"), input)
+    drive(Net::multiqueue([Echo::default(), Echo::default()]).expect("random numbers"), input)
+}
+
+/// Where the commands and packets of [`net_commands`] lie, and answers and received packets.
+const OUT: u64 = 0x8000;
+const IN: u64 = 0xc000;
+
+/// Sends a network card well-formed chains of whatever content: commands, packets, and packets that
+/// come. Each step is a byte that chooses, a length in 16 bits, and as many bytes. Returns how many
+/// commands were done.
+pub fn net_commands(mut input: &[u8]) -> u32 {
+    let memory = memory();
+    let card = Net::multiqueue([Echo::default(), Echo::default()]).expect("random numbers");
+    let features = card.features();
+    let interrupt = Interrupt::Line(IrqLine::detached());
+    let device = VirtioMmio::new("fuzz", card, memory.clone(), interrupt, Threading::Vcpu);
+    let mut device = device.expect("events");
+    negotiate(&mut device, features & u64::from(u32::MAX), 5);
+    write(&mut device, 0x70, 15);
+    // A chain of one piece to read and one to write, either of which may be missing.
+    let chain = |device: &mut VirtioMmio, queue: usize, read: usize, write: u32| {
+        let table = QUEUES + queue as u64 * PAGE;
+        let mut pieces = Vec::new();
+        for (at, len, flags) in [(OUT, read as u32, 0), (IN, write, 2)] {
+            if len > 0 {
+                pieces.push((at, len, flags));
+            }
+        }
+        let count = pieces.len();
+        for (n, (at, len, flags)) in pieces.into_iter().enumerate() {
+            let next = n + 1 < count;
+            let fields =
+                [&at.to_le_bytes()[..], &len.to_le_bytes(), &[flags | u8::from(next), 0], &[n as u8 + 1, 0]];
+            memory.write(GuestAddress(table + 16 * n as u64), &fields.concat()).expect("memory");
+        }
+        offer(&memory, device, queue, 0);
+    };
+    let mut done = 0;
+    while let Some((&[what, low, high], rest)) = input.split_first_chunk() {
+        let len = (usize::from(u16::from_le_bytes([low, high])) % 0x3000).min(rest.len());
+        let (data, rest) = rest.split_at(len);
+        input = rest;
+        memory.write(GuestAddress(OUT), data).expect("memory");
+        match what % 8 {
+            0..3 => {
+                memory.write(GuestAddress(IN), &[0xcc]).expect("memory");
+                chain(&mut device, 4, len, 1);
+                let answer: u8 = memory.load(GuestAddress(IN)).expect("memory");
+                assert!(answer <= 1, "{answer}: no answer to a command");
+                done += u32::from(answer == 0);
+            }
+            3 | 4 => chain(&mut device, usize::from(1 + what / 8 % 2 * 2), len.max(1), 0),
+            5 => chain(&mut device, usize::from(what / 8 % 2 * 2), 0, 0x3000),
+            6 => device.read(0x100 + u64::from(low % 24), &mut [0; 8][..1 << (high % 4)]),
+            _ => {
+                let state = device.save().expect("nothing is in flight");
+                device.restore(&state).expect("its own state");
+            }
+        }
+        assert_eq!(read(&mut device, 0x70), 15, "well-formed chains stop the device");
+    }
+    done
 }
 
 /// Drives an entropy source.
@@ -89,7 +150,7 @@ fn drive(device: impl VirtioDevice + 'static, input: &[u8]) -> End {
         match what % 8 {
             0 => write(&mut device, 0x50, u32::from_le_bytes(value)),
             1 => write(&mut device, 0x50, a.into()),
-            2 => drop(memory.write(GuestAddress(QUEUES + at % 0x3000), &value)),
+            2 => drop(memory.write(GuestAddress(QUEUES + at % 0x5000), &value)),
             3 => offer(&memory, &mut device, usize::from(a) % queues.max(1), u16::from(b) % (SIZE + 1)),
             4 => device.write(at % 0x140, &value[..1 << (c % 3)]),
             5 => device.read(at % 0x140, &mut [0; 8][..1 << (c % 4)]),
@@ -230,9 +291,16 @@ impl NetBackend for Echo {
         Some(Arc::new(io::stdin()))
     }
     fn send(&mut self, packet: &mut Buffers<'_>) -> io::Result<()> {
-        assert!((HEADER..=MOST_PACKET).contains(&packet.len()));
+        assert!((HEADER + 14..=MOST_PACKET).contains(&packet.len()));
         let mut bytes = vec![0; packet.len()];
         packet.read(&mut bytes);
+        // What the host would act on is within the packet.
+        let field = |at: usize| usize::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
+        assert!(bytes[0] & 1 == 0 || HEADER + field(6) + field(8) + 2 <= bytes.len(), "checksum");
+        assert!(
+            bytes[1] == 0 || bytes[0] == 1 && field(4) > 0 && HEADER + field(2) <= bytes.len(),
+            "segments"
+        );
         if bytes.last().is_some_and(|last| last & 1 == 1) {
             bytes.resize(MOST_PACKET, 0);
         }

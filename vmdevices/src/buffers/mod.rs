@@ -42,6 +42,11 @@ impl<'m> Buffers<'m> {
         }
     }
 
+    /// The same pieces once more, as buffers of their own.
+    pub fn view(&self) -> Self {
+        Self { slices: self.slices().to_vec(), next: 0, len: self.len }
+    }
+
     /// Bytes that are left.
     pub fn len(&self) -> usize {
         self.len

@@ -19,7 +19,7 @@ mod link;
 mod memory;
 mod output;
 mod pty;
-mod socket;
+pub(crate) mod socket;
 mod stdio;
 mod stream;
 mod tee;

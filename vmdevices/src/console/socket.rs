@@ -40,19 +40,11 @@ impl Socket {
     /// [`Error::Os`] where the host refuses.
     pub fn listen(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
-        let listener = match UnixListener::bind(&path) {
-            Err(e) if e.kind() == ErrorKind::AddrInUse => {
-                clear(&path)?;
-                UnixListener::bind(&path)
-            }
-            bound => bound,
-        };
+        let listener = listen("console socket", &path)?;
         let os = |op| {
             let path = path.display();
             move |e: io::Error| Error::os(op, format_args!("the console's socket {path}"), e)
         };
-        let listener = listener.map_err(os("bind"))?;
-        listener.set_nonblocking(true).map_err(os("ioctl(FIONBIO)"))?;
         let wait = epoll::create(epoll::CreateFlags::CLOEXEC)
             .and_then(|wait| {
                 let data = epoll::EventData::new_u64(0);
@@ -81,13 +73,25 @@ impl Socket {
     }
 }
 
-/// Removes the socket at `path` if nobody listens on it.
-fn clear(path: &Path) -> Result<()> {
-    let refused = |fix: &str| Error::Config {
-        what: "console socket",
-        value: path.display().to_string(),
-        fix: fix.into(),
+/// Listens, without blocking, on a new socket at `path`, or in place of one that nobody listens on any
+/// more. `what` it is goes into errors, which are those of [`Socket::listen`].
+pub(crate) fn listen(what: &'static str, path: &Path) -> Result<UnixListener> {
+    let listener = match UnixListener::bind(path) {
+        Err(e) if e.kind() == ErrorKind::AddrInUse => {
+            clear(what, path)?;
+            UnixListener::bind(path)
+        }
+        bound => bound,
     };
+    let os = |op| move |e: io::Error| Error::os(op, format_args!("{what} {}", path.display()), e);
+    let listener = listener.map_err(os("bind"))?;
+    listener.set_nonblocking(true).map_err(os("ioctl(FIONBIO)"))?;
+    Ok(listener)
+}
+
+/// Removes the socket at `path` if nobody listens on it.
+fn clear(what: &'static str, path: &Path) -> Result<()> {
+    let refused = |fix: &str| Error::Config { what, value: path.display().to_string(), fix: fix.into() };
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
     if !is_socket {
         return Err(refused("there is another kind of file; choose another path"));

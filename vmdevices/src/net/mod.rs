@@ -1,7 +1,16 @@
-//! What network cards are connected to.
+//! What network cards are connected to: a [`Tap`] of the host, another process by [`Stream`] or
+//! [`Datagram`], other machines of this process by a [`Hub`], the host's networks by a [`Nat`]; or whatever else is a [`NetBackend`].
+//!
+//! A [`Capture`] records, and a [`Limiter`] limits, what goes through any of them.
 
+mod capture;
+mod datagram;
+mod hub;
+mod limit;
 mod nat;
+mod stream;
 mod tap;
+mod wait;
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -9,7 +18,12 @@ use std::sync::Arc;
 
 use crate::buffers::Buffers;
 
+pub use capture::{Capture, Captured};
+pub use datagram::Datagram;
+pub use hub::{Hub, Port, pair};
+pub use limit::{Limited, Limiter, Rate, Rates};
 pub use nat::{Action, Cidr, Destination, Forward, Nat, NatError, NatHandle, NatStats, Protocol, RuleCount};
+pub use stream::Stream;
 pub use tap::{Tap, TapError};
 
 /// Length of the header in front of each packet, in bytes: `struct virtio_net_hdr` with
@@ -20,8 +34,11 @@ pub const HEADER: usize = 12;
 /// VLAN tag.
 pub const MOST_PACKET: usize = HEADER + 14 + 4 + 65_535;
 
-/// The network behind a card. Each packet is an Ethernet frame behind a [`HEADER`]; a back end
-/// without offloads ignores the header it is given and gives one of zeroes.
+/// The network behind a card, or behind one queue pair of it. Each packet is an Ethernet frame
+/// behind a [`HEADER`]; a back end without offloads ignores the header it is given and gives one of
+/// zeroes.
+///
+/// Called by one thread at a time. No call may block.
 pub trait NetBackend: Send {
     /// Which offloads it can do: virtio-net feature bits 0, 1, 7 to 14 and 54 to 56 (virtio 1.2,
     /// section 5.1.3).
@@ -30,6 +47,7 @@ pub trait NetBackend: Send {
     }
 
     /// The driver has agreed to the feature bits `features`: from now on no packet needs others.
+    /// Called again when the driver changes its mind about those of received packets.
     ///
     /// # Errors
     /// Where the host refuses; the device then does not start.
@@ -38,18 +56,36 @@ pub trait NetBackend: Send {
         Ok(())
     }
 
+    /// Whether packets are to come by this queue of several; the first is always in use. All are
+    /// until this is called.
+    ///
+    /// # Errors
+    /// Where the host refuses.
+    fn set_enabled(&mut self, enabled: bool) -> io::Result<()> {
+        let _ = enabled;
+        Ok(())
+    }
+
     /// The largest IP packet the network takes, where it is known, in bytes.
     fn mtu(&self) -> Option<u16> {
         None
     }
 
-    /// What becomes readable when there are packets again after `WouldBlock`.
+    /// What becomes readable when there are packets again after `WouldBlock`, and, of a back end
+    /// that [holds back](NetBackend::holds_back), readable or writable when there is room again.
     fn source(&self) -> Option<Arc<dyn AsRawFd + Send + Sync>>;
+
+    /// Whether a packet that [`NetBackend::send`] refused with `WouldBlock` is to be sent again once
+    /// the [source](NetBackend::source) tells of an event. Otherwise it is lost, as any other.
+    fn holds_back(&self) -> bool {
+        false
+    }
 
     /// Sends the packet.
     ///
     /// # Errors
-    /// Where it was not sent: then it is lost, as packets may be.
+    /// Where it was not sent: then it is lost, as packets may be, unless the back end
+    /// [holds back](NetBackend::holds_back).
     fn send(&mut self, packet: &mut Buffers<'_>) -> io::Result<()>;
 
     /// Takes a packet into `into`, and what does not fit (the packet is then dropped) into `spill`,
@@ -58,4 +94,122 @@ pub trait NetBackend: Send {
     /// # Errors
     /// `WouldBlock` where there is none.
     fn receive(&mut self, into: &mut Buffers<'_>, spill: &mut [u8]) -> io::Result<usize>;
+
+    /// What of it belongs to the VM, for a snapshot: nothing, where the network is elsewhere.
+    ///
+    /// # Errors
+    /// Where the state cannot be had.
+    fn save_state(&self) -> io::Result<Vec<u8>> {
+        Ok(Vec::new())
+    }
+
+    /// Takes over the bytes that an equal back end saved. Packets are asked for only afterwards.
+    ///
+    /// # Errors
+    /// `InvalidData` where the state is not one of an equal back end.
+    fn restore_state(&mut self, state: &[u8]) -> io::Result<()> {
+        if state.is_empty() {
+            return Ok(());
+        }
+        let what = format!("{} bytes of state for a network back end that has none", state.len());
+        Err(io::Error::new(io::ErrorKind::InvalidData, what))
+    }
+}
+
+/// The methods of a wrapper that has nothing to add to them.
+macro_rules! forward {
+    ($self:ident => $backend:expr) => {
+        fn features(&$self) -> u64 {
+            $backend.features()
+        }
+        fn set_features(&mut $self, features: u64) -> io::Result<()> {
+            $backend.set_features(features)
+        }
+        fn set_enabled(&mut $self, enabled: bool) -> io::Result<()> {
+            $backend.set_enabled(enabled)
+        }
+        fn mtu(&$self) -> Option<u16> {
+            $backend.mtu()
+        }
+        fn save_state(&$self) -> io::Result<Vec<u8>> {
+            $backend.save_state()
+        }
+        fn restore_state(&mut $self, state: &[u8]) -> io::Result<()> {
+            $backend.restore_state(state)
+        }
+    };
+}
+use forward;
+
+impl<B: NetBackend + ?Sized> NetBackend for Box<B> {
+    forward!(self => (**self));
+
+    fn source(&self) -> Option<Arc<dyn AsRawFd + Send + Sync>> {
+        (**self).source()
+    }
+    fn holds_back(&self) -> bool {
+        (**self).holds_back()
+    }
+    fn send(&mut self, packet: &mut Buffers<'_>) -> io::Result<()> {
+        (**self).send(packet)
+    }
+    fn receive(&mut self, into: &mut Buffers<'_>, spill: &mut [u8]) -> io::Result<usize> {
+        (**self).receive(into, spill)
+    }
+}
+
+/// Writes `frame` behind a header of zeroes into `into`, as far as there is room, and gives what
+/// [`NetBackend::receive`] is to give.
+fn deliver(frame: &[u8], into: &mut Buffers<'_>) -> usize {
+    into.write(&[0; HEADER]);
+    into.write(frame);
+    HEADER + frame.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::buffers::tests::buffers;
+    use vmcore::{GuestAddress, GuestMemory, MemoryRegion};
+
+    /// A frame of `len` bytes for everybody.
+    pub(super) fn frame(len: usize, byte: u8) -> Vec<u8> {
+        let mut frame = vec![byte; len];
+        frame[..6.min(len)].fill(0xff);
+        frame
+    }
+
+    /// Guest memory for the longest packet, and where in it.
+    fn memory() -> (GuestMemory, [(u64, usize); 3]) {
+        let memory = GuestMemory::new();
+        memory.insert(MemoryRegion::anonymous(GuestAddress(0), 0x4_0000).unwrap().into()).unwrap();
+        (memory, [(0x100, 5), (0x200, 20), (0x1000, MOST_PACKET)])
+    }
+
+    /// Sends `frame` by `backend`, from several pieces of guest memory and behind a header of ones.
+    pub(super) fn send(backend: &mut dyn NetBackend, frame: &[u8]) -> io::Result<()> {
+        let (memory, places) = memory();
+        let map = memory.snapshot();
+        buffers(&map, &places).write(&[&[0xff; HEADER], frame].concat());
+        backend.send(&mut buffers(&map, &places).take(HEADER + frame.len()))
+    }
+
+    /// The next frame, if there is one; its header must be zero.
+    pub(super) fn receive(backend: &mut dyn NetBackend) -> Option<Vec<u8>> {
+        let (memory, places) = memory();
+        let map = memory.snapshot();
+        buffers(&map, &places).write(&[0xee; HEADER]);
+        match backend.receive(&mut buffers(&map, &places), &mut [0; 100]) {
+            Ok(len) => {
+                let mut bytes = vec![0; len];
+                assert_eq!(buffers(&map, &places).read(&mut bytes), len);
+                assert_eq!(bytes[..HEADER], [0; HEADER]);
+                Some(bytes.split_off(HEADER))
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                None
+            }
+        }
+    }
 }

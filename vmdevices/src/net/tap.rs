@@ -1,4 +1,4 @@
-//! Tap interfaces of the host (Linux, Documentation/networking/tuntap.rst).
+//! Tap interfaces of the host (Linux, Documentation/networking/tuntap.rst), with one queue or several.
 #![expect(unsafe_code, reason = "ioctls of the tun driver")]
 
 use std::fs::OpenOptions;
@@ -9,9 +9,13 @@ use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
-    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
+    VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
+    VIRTIO_NET_F_HOST_USO,
 };
+use vmcore::EventSet;
 
+use super::wait::Wait;
 use super::{HEADER, NetBackend};
 use crate::buffers::Buffers;
 
@@ -21,20 +25,39 @@ const DEVICE: &str = "/dev/net/tun";
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
+const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const TUNSETVNETLE: libc::c_ulong = 0x4004_54dc;
 
+// linux/if_tun.h too, since Linux 6.2.
+const TUN_F_USO4: u32 = 0x20;
+const TUN_F_USO6: u32 = 0x40;
+
 /// Feature bit of virtio-net, and what it is to `TUNSETOFFLOAD`.
-const OFFLOADS: [(u32, u32); 4] = [
+const OFFLOADS: [(u32, u32); 7] = [
     (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
     (VIRTIO_NET_F_GUEST_TSO4, libc::TUN_F_TSO4),
     (VIRTIO_NET_F_GUEST_TSO6, libc::TUN_F_TSO6),
     (VIRTIO_NET_F_GUEST_ECN, libc::TUN_F_TSO_ECN),
+    (VIRTIO_NET_F_GUEST_UFO, libc::TUN_F_UFO),
+    (VIRTIO_NET_F_GUEST_USO4, TUN_F_USO4),
+    (VIRTIO_NET_F_GUEST_USO6, TUN_F_USO6),
 ];
 
 /// What the guest may leave to the host, which the tun driver always takes.
-const FROM_GUEST: [u32; 4] =
-    [VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_ECN];
+const FROM_GUEST: [u32; 5] = [
+    VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_HOST_UFO,
+];
+
+/// Of a queue that is not attached, which `TUNGETIFF` tells too.
+const IFF_DETACH_QUEUE: libc::c_int = libc::IFF_DETACH_QUEUE;
+
+/// Most queues of one interface (`MAX_TAP_QUEUES` of the tun driver).
+const MOST_QUEUES: u16 = 256;
 
 /// Why there is no tap.
 #[derive(Debug, thiserror::Error)]
@@ -56,11 +79,13 @@ pub enum TapError {
     },
     /// Making or taking the interface needs a privilege.
     #[error(
-        "no permission for tap {name}: run as root or with CAP_NET_ADMIN, or have it made for this user (ip tuntap add {name} mode tap vnet_hdr user $USER)"
+        "no permission for tap {name}: run as root or with CAP_NET_ADMIN, or have it made for this user (ip tuntap add {name} mode tap {flags} user $USER)"
     )]
     Permission {
         /// Name of the interface.
         name: String,
+        /// Flags it is to be made with.
+        flags: &'static str,
     },
     /// Another process uses the tap.
     #[error("tap {name} is in use by another process; take another name")]
@@ -68,9 +93,15 @@ pub enum TapError {
         /// Name of the interface.
         name: String,
     },
+    /// A number of queues no interface can have.
+    #[error("a tap cannot have {queues} queues: give 1 to {MOST_QUEUES}")]
+    Queues {
+        /// The number.
+        queues: u16,
+    },
     /// The name is taken by something else, or the tap was made with other flags.
     #[error(
-        "{name} exists and is no tap that can be used here ({source}): it must be made with mode tap, and without multi_queue"
+        "{name} exists and is no tap that can be used here ({source}): it must be made with mode tap, with multi_queue for several queues and without for one"
     )]
     Unsuitable {
         /// Name of the interface.
@@ -96,13 +127,27 @@ impl From<TapError> for vmcore::Error {
     }
 }
 
-/// A tap interface: what the guest sends arrives on it, and what the host sends out of it goes to the
-/// guest. Connecting it (addresses, a bridge, routes) is the user's.
+/// One queue of a tap interface: what the guest sends arrives on it, and what the host sends out of it
+/// goes to the guest. Connecting it (addresses, a bridge, routes) is the user's.
 #[derive(Debug)]
 pub struct Tap {
     fd: Arc<OwnedFd>,
     name: String,
     mtu: Option<u16>,
+    /// Whether the driver below segments UDP for the guest, and takes segments of the guest's.
+    uso: bool,
+    /// Of several queues; `None` for the only one.
+    queue: Option<Queue>,
+}
+
+/// One of several queues.
+#[derive(Debug)]
+struct Queue {
+    /// Waits for the queue while it is attached: one that is not cannot be waited for, and what waited
+    /// for it before is not told when it is again.
+    wait: Wait,
+    /// Whether the host sends by this queue.
+    attached: bool,
 }
 
 impl Tap {
@@ -112,6 +157,29 @@ impl Tap {
     /// # Errors
     /// [`TapError`], which says what to do.
     pub fn open(name: &str) -> Result<Self, TapError> {
+        Self::open_with(name, 0)
+    }
+
+    /// `queues` queues of the tap `name`, for [`Net::multiqueue`](crate::Net::multiqueue). One that
+    /// exists must have been made with `multi_queue`.
+    ///
+    /// # Errors
+    /// [`TapError`], which says what to do.
+    pub fn open_queues(name: &str, queues: u16) -> Result<Vec<Self>, TapError> {
+        if !(1..=MOST_QUEUES).contains(&queues) {
+            return Err(TapError::Queues { queues });
+        }
+        if queues == 1 {
+            return Self::open(name).map(|tap| vec![tap]);
+        }
+        let first = Self::open_with(name, libc::IFF_MULTI_QUEUE)?;
+        // By the name that it has got.
+        let name = first.name.clone();
+        let more = (1..queues).map(|_| Self::open_with(&name, libc::IFF_MULTI_QUEUE));
+        std::iter::once(Ok(first)).chain(more).collect()
+    }
+
+    fn open_with(name: &str, flags: libc::c_int) -> Result<Self, TapError> {
         let stem = name.strip_suffix("%d").unwrap_or(name);
         let bad = |byte: u8| byte == b'/' || byte == b'%' || byte == b':' || !byte.is_ascii_graphic();
         if name.is_empty() || name.len() >= libc::IFNAMSIZ || stem.bytes().any(bad) || name.starts_with('.') {
@@ -125,19 +193,20 @@ impl Tap {
             .map_err(|source| TapError::Driver { source })?;
         let fd = OwnedFd::from(file);
         let mut request = interface_request(name);
-        request.ifr_ifru.ifru_flags =
-            libc::c_short::try_from(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR).unwrap_or_default();
+        let all = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | flags;
+        request.ifr_ifru.ifru_flags = libc::c_short::try_from(all).unwrap_or_default();
         // SAFETY: TUNSETIFF reads and writes one ifreq.
         if let Err(source) = unsafe { ioctl(fd.as_fd(), TUNSETIFF, &mut request) } {
             let name = name.to_owned();
+            let flags = if flags == 0 { "vnet_hdr" } else { "vnet_hdr multi_queue" };
             return Err(match source.raw_os_error() {
-                Some(libc::EPERM | libc::EACCES) => TapError::Permission { name },
-                Some(libc::EBUSY) => TapError::Busy { name },
+                Some(libc::EPERM | libc::EACCES) => TapError::Permission { name, flags },
+                Some(libc::EBUSY | libc::E2BIG) => TapError::Busy { name },
                 Some(libc::EINVAL) => TapError::Unsuitable { name, source },
                 _ => TapError::Host { op: "TUNSETIFF", name, source },
             });
         }
-        Self::prepare(fd, interface_name(&request))
+        Self::prepare(fd, interface_name(&request), all)
     }
 
     /// A tap that somebody else opened, with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR.
@@ -166,10 +235,11 @@ impl Tap {
             name: name.clone(),
             source: e.into(),
         })?;
-        Self::prepare(fd, name)
+        Self::prepare(fd, name, flags)
     }
 
-    fn prepare(fd: OwnedFd, name: String) -> Result<Self, TapError> {
+    /// `flags` are those of the interface.
+    fn prepare(fd: OwnedFd, name: String, flags: libc::c_int) -> Result<Self, TapError> {
         let settings = [
             ("TUNSETVNETHDRSZ", TUNSETVNETHDRSZ, libc::c_int::try_from(HEADER).unwrap_or(0)),
             ("TUNSETVNETLE", TUNSETVNETLE, 1),
@@ -183,7 +253,25 @@ impl Tap {
             })?;
         }
         let mtu = mtu(&name);
-        Ok(Self { fd: Arc::new(fd), name, mtu })
+        // Older hosts do not know it.
+        let uso = set_offloads(fd.as_fd(), libc::TUN_F_CSUM | TUN_F_USO4 | TUN_F_USO6).is_ok();
+        set_offloads(fd.as_fd(), 0).map_err(|source| TapError::Host {
+            op: "TUNSETOFFLOAD",
+            name: name.clone(),
+            source,
+        })?;
+        let queue = match flags & (libc::IFF_MULTI_QUEUE | IFF_DETACH_QUEUE) {
+            0 => None,
+            flags => {
+                let host = |source| TapError::Host { op: "epoll", name: name.clone(), source };
+                let (wait, attached) = (Wait::new().map_err(host)?, flags & IFF_DETACH_QUEUE == 0);
+                if attached {
+                    wait.add(fd.as_raw_fd(), EventSet::IN).map_err(host)?;
+                }
+                Some(Queue { wait, attached })
+            }
+        };
+        Ok(Self { fd: Arc::new(fd), name, mtu, uso, queue })
     }
 
     /// The interface's name.
@@ -194,18 +282,36 @@ impl Tap {
 
 impl NetBackend for Tap {
     fn features(&self) -> u64 {
+        const USO: [u32; 3] = [VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_USO];
         let to_guest = OFFLOADS.iter().map(|&(feature, _)| feature);
-        to_guest.chain(FROM_GUEST).fold(0, |bits, bit| bits | 1 << bit)
+        let all = to_guest.chain(FROM_GUEST).chain(USO);
+        all.filter(|bit| self.uso || !USO.contains(bit)).fold(0, |bits, bit| bits | 1 << bit)
     }
 
     fn set_features(&mut self, features: u64) -> io::Result<()> {
         let agreed = OFFLOADS.iter().filter(|(feature, _)| features >> feature & 1 == 1);
-        let flags = agreed.fold(0, |flags, (_, flag)| flags | flag);
-        // SAFETY: TUNSETOFFLOAD takes its flags by value; the descriptor is open for the call.
-        match unsafe { libc::ioctl(self.fd.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(flags)) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
+        let mut flags = agreed.fold(0, |flags, (_, flag)| flags | flag);
+        // The tun driver has both or none.
+        if flags & (TUN_F_USO4 | TUN_F_USO6) != TUN_F_USO4 | TUN_F_USO6 {
+            flags &= !(TUN_F_USO4 | TUN_F_USO6);
         }
+        set_offloads(self.fd.as_fd(), flags)
+    }
+
+    fn set_enabled(&mut self, enabled: bool) -> io::Result<()> {
+        let Some(queue) = self.queue.as_mut().filter(|queue| queue.attached != enabled) else {
+            return Ok(());
+        };
+        if !enabled {
+            queue.wait.remove(self.fd.as_raw_fd())?;
+        }
+        let flag = if enabled { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+        let mut request = interface_request("");
+        request.ifr_ifru.ifru_flags = libc::c_short::try_from(flag).unwrap_or_default();
+        // SAFETY: TUNSETQUEUE reads one ifreq.
+        unsafe { ioctl(self.fd.as_fd(), TUNSETQUEUE, &mut request) }?;
+        queue.attached = enabled;
+        if enabled { queue.wait.add(self.fd.as_raw_fd(), EventSet::IN) } else { Ok(()) }
     }
 
     fn mtu(&self) -> Option<u16> {
@@ -213,7 +319,7 @@ impl NetBackend for Tap {
     }
 
     fn source(&self) -> Option<Arc<dyn AsRawFd + Send + Sync>> {
-        Some(self.fd.clone())
+        Some(self.queue.as_ref().map_or_else(|| self.fd.clone() as Arc<_>, |queue| queue.wait.source()))
     }
 
     fn send(&mut self, packet: &mut Buffers<'_>) -> io::Result<()> {
@@ -222,6 +328,15 @@ impl NetBackend for Tap {
 
     fn receive(&mut self, into: &mut Buffers<'_>, spill: &mut [u8]) -> io::Result<usize> {
         into.fill_from(&self.fd, spill)
+    }
+}
+
+/// Has the host send packets that need the offloads `flags`.
+fn set_offloads(fd: BorrowedFd<'_>, flags: u32) -> io::Result<()> {
+    // SAFETY: TUNSETOFFLOAD takes its flags by value; the descriptor is open for the call.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(flags)) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -29,7 +29,7 @@ pub fn mmio(device: impl VirtioDevice + 'static) -> MmioAttach {
     MmioAttach { device: Box::new(device), threading: None }
 }
 
-/// A virtio device about to be attached; see [`mmio`]. It gets an I/O thread of its own unless told
+/// A virtio device about to be attached; see [`mmio`]. It gets I/O threads of its own unless told
 /// otherwise, and on a deterministic machine is served on the vCPU's thread.
 pub struct MmioAttach {
     device: Box<dyn VirtioDevice>,
@@ -78,7 +78,7 @@ impl Attach for MmioAttach {
         let gsi = machine.allocate_gsi();
         let number = machine.described(HID);
         let name = format!("virtio{number} (type {})", device.device_type().0);
-        let threading = served(machine, threading, &format!("virtio{number}"))?;
+        let threading = served(machine, threading, device.threads(), &format!("virtio{number}"))?;
         let interrupt = interrupt(machine, gsi)?;
         let queues = device.queue_sizes().len();
         let doorbells = match threading {
@@ -133,8 +133,14 @@ fn doorbells(machine: &mut Machine, base: GuestAddress, queues: usize) -> Result
     Ok(events)
 }
 
-/// Where a device is served: as chosen, else on an I/O thread of its own, called `name`.
-fn served(machine: &mut Machine, choice: Option<Threading>, name: &str) -> Result<Threading> {
+/// Where a device is served: as chosen, else on I/O threads of its own, `count` and at least one, called
+/// after `name`.
+fn served(
+    machine: &mut Machine,
+    choice: Option<Threading>,
+    count: usize,
+    name: &str,
+) -> Result<Threading> {
     match choice {
         Some(Threading::IoThreads(_)) if machine.is_deterministic() => Err(Error::Config {
             what: "threading of a virtio device",
@@ -143,7 +149,11 @@ fn served(machine: &mut Machine, choice: Option<Threading>, name: &str) -> Resul
         }),
         Some(threading) => Ok(threading),
         None if machine.is_deterministic() => Ok(Threading::Vcpu),
-        None => Ok(Threading::IoThreads(vec![machine.io_thread(name)?])),
+        None => {
+            let first = machine.io_thread(name);
+            let more = (1..count).map(|n| machine.io_thread(&format!("{name}.{n}")));
+            std::iter::once(first).chain(more).collect::<Result<_>>().map(Threading::IoThreads)
+        }
     }
 }
 
@@ -201,7 +211,7 @@ impl Attach for PciAttach {
         let bus = PciBus::of(machine)?;
         let address = bus.free(address)?;
         let name = format!("virtio {address} (type {})", device.device_type().0);
-        let threading = served(machine, threading, &format!("virtio {address}"))?;
+        let threading = served(machine, threading, device.threads(), &format!("virtio {address}"))?;
         let ring = matches!(threading, Threading::IoThreads(_));
         let mut device = VirtioPci::with_doorbells(name, device, &machine.platform(), threading, ring)?;
         device.attached(machine)?;

@@ -48,6 +48,12 @@ pub trait VirtioDevice: Send {
     /// 2.7). As many as there are queues.
     fn queue_sizes(&self) -> Vec<u16>;
 
+    /// How many I/O threads it can make use of, where each attached device gets its own: as many as
+    /// it has workers that do much.
+    fn threads(&self) -> usize {
+        1
+    }
+
     /// Reads its configuration at `offset` bytes; what is beyond the end stays as it is (zero).
     fn read_config(&self, offset: u64, data: &mut [u8]);
 

@@ -604,6 +604,13 @@ fn register_reads_do_not_wait_for_a_request_and_a_reset_does() {
     assert_eq!(driver.request_status(), 0);
 }
 
+/// A packet of `len` bytes with the header in front, which is zero.
+fn frame(len: usize, byte: u8) -> Vec<u8> {
+    let mut packet = vec![byte; len];
+    packet[..12].fill(0);
+    packet
+}
+
 /// Packets for the guest.
 struct Packets(Arc<Mutex<VecDeque<Vec<u8>>>>);
 
@@ -640,7 +647,8 @@ fn large_packets_take_several_buffers_and_wait_for_them() {
     for n in 0..SIZE {
         driver.descriptor(TABLE, n, 0x2_0000 + 0x2000 * u64::from(n), 0x2000, WRITE, 0);
     }
-    let packet = (0..20_000).map(|n| u8::try_from(n % 251).unwrap()).collect::<Vec<_>>();
+    let mut packet = (0..20_000).map(|n| u8::try_from(n % 251).unwrap()).collect::<Vec<_>>();
+    packet[..12].fill(0);
     packets.lock().unwrap().push_back(packet.clone());
     // Three buffers would do, but the driver has time to give more: the next may be larger.
     for n in 0..3 {
@@ -658,7 +666,7 @@ fn large_packets_take_several_buffers_and_wait_for_them() {
     assert_eq!(received, packet);
     // One that no buffers can take is dropped, and the next one comes through, into the buffer that
     // was left over.
-    packets.lock().unwrap().extend([vec![1; 66_000], vec![2; 100]]);
+    packets.lock().unwrap().extend([frame(66_000, 1), frame(100, 2)]);
     for n in [4, 5, 6] {
         driver.offer(n);
     }
@@ -666,7 +674,7 @@ fn large_packets_take_several_buffers_and_wait_for_them() {
     assert_eq!(driver.memory.load::<[u32; 2]>(GuestAddress(USED + 28)).unwrap(), [3, 100]);
     // A buffer that cannot even hold a header.
     driver.descriptor(TABLE, 0, DATA, 11, WRITE, 0);
-    packets.lock().unwrap().push_back(vec![3; 100]);
+    packets.lock().unwrap().push_back(frame(100, 3));
     driver.offer(0);
     assert!(driver.broken());
 }

@@ -44,7 +44,7 @@ pub use device::{
     Activation, DeviceType, Progress, Source, Transport, VirtioDevice, Worker, read_config_bytes,
 };
 pub use mmio::{Interrupt, VirtioMmio};
-pub use net::{Mac, Net};
+pub use net::{Mac, Net, NetCounters, NetHandle};
 pub use pci::VirtioPci;
 pub use queue::{Chain, QueueError, RangeChain, VirtQueue};
 pub use rng::Rng;

@@ -384,6 +384,14 @@ impl Nat {
 const FIRST_PORT: u16 = 49_152;
 
 impl NetBackend for Nat {
+    fn save_state(&self) -> io::Result<Vec<u8>> {
+        Self::save_state(self)
+    }
+
+    fn restore_state(&mut self, state: &[u8]) -> io::Result<()> {
+        Self::restore_state(self, state)
+    }
+
     fn features(&self) -> u64 {
         let bits = [
             VIRTIO_NET_F_CSUM,

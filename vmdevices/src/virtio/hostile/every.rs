@@ -30,7 +30,7 @@ impl Case {
                 if name == "console input" { (driver, 0, WRITE) } else { (driver, 1, 0) }
             }
             _ => {
-                let packets = Arc::new(Mutex::new(vec![vec![7; 60]; 10_000].into()));
+                let packets = Arc::new(Mutex::new(vec![frame(60, 7); 10_000].into()));
                 let driver = Driver::new(Net::new(Packets(packets)).unwrap(), threading);
                 if name == "packets in" { (driver, 0, WRITE) } else { (driver, 1, 0) }
             }

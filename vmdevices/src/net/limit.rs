@@ -1,0 +1,354 @@
+//! How much goes through a card in a time.
+
+use std::fmt;
+use std::io;
+use std::num::NonZeroU64;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use vmcore::{Error, EventSet, Result};
+
+use super::wait::{Timer, Wait};
+use super::{HEADER, NetBackend, forward};
+use crate::buffers::Buffers;
+
+/// Most of a second that is waited for at once, so that timers do not ring for each packet.
+const GRAIN: Duration = Duration::from_millis(1);
+
+/// So many in a second, in the long run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// How many.
+    pub per_second: NonZeroU64,
+    /// How many at once, after a time of few. At least one.
+    pub burst: NonZeroU64,
+}
+
+/// Limits of one direction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// Of bytes: those of Ethernet frames. A packet is let through while there are any left, and may
+    /// take more than there are: the next one then waits longer.
+    pub bytes: Option<Rate>,
+    /// Of packets. One to be cut into segments is one.
+    pub packets: Option<Rate>,
+}
+
+/// Limits what goes through one or several back ends, all together: the queues of one card, or several
+/// cards.
+///
+/// Packets of the guest wait in its queue; those for it wait in the back end's, which drops what it has
+/// no room for. No thread waits. Clones are of the same limits.
+///
+/// ```no_run
+/// # fn main() -> vmcore::Result<()> {
+/// use std::num::NonZeroU64;
+/// use vmdevices::{Net, net::{Limiter, Rate, Rates, Tap}};
+///
+/// // 100 Mbit/s in each direction, 1 MB at once.
+/// let number = |n| NonZeroU64::new(n).unwrap_or(NonZeroU64::MIN);
+/// let bytes = Some(Rate { per_second: number(12_500_000), burst: number(1_000_000) });
+/// let rates = Rates { bytes, packets: None };
+/// let card = Net::new(Limiter::new(rates, rates).limit(Tap::open("tap0")?)?)?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Limiter {
+    buckets: Arc<Mutex<Buckets>>,
+    clock: Arc<dyn Fn() -> Duration + Send + Sync>,
+}
+
+impl Limiter {
+    /// Limits of what the guest sends and receives.
+    pub fn new(sent: Rates, received: Rates) -> Self {
+        let start = Instant::now();
+        Self::with_clock(sent, received, move || start.elapsed())
+    }
+
+    fn with_clock(
+        sent: Rates,
+        received: Rates,
+        clock: impl Fn() -> Duration + Send + Sync + 'static,
+    ) -> Self {
+        let buckets = Buckets { sent: Both::new(sent), received: Both::new(received) };
+        Self { buckets: Arc::new(Mutex::new(buckets)), clock: Arc::new(clock) }
+    }
+
+    /// `backend`, limited.
+    ///
+    /// # Errors
+    /// [`Error::Os`] where the host is out of descriptors.
+    pub fn limit<B: NetBackend>(&self, backend: B) -> Result<Limited<B>> {
+        let os = |error| Error::os("epoll or timerfd", "limits of a network", error);
+        let wait = Wait::new().map_err(os)?;
+        let source = backend.source();
+        if let Some(source) = &source {
+            let events = if backend.holds_back() { EventSet::IN | EventSet::OUT } else { EventSet::IN };
+            wait.add(source.as_raw_fd(), events).map_err(os)?;
+        }
+        let timers = [Timer::new(&wait).map_err(os)?, Timer::new(&wait).map_err(os)?];
+        Ok(Limited { backend, limiter: self.clone(), wait, timers, _source: source })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Buckets> {
+        self.buckets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Limiter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Limiter").field(&*self.lock()).finish()
+    }
+}
+
+#[derive(Debug)]
+struct Buckets {
+    sent: Both,
+    received: Both,
+}
+
+/// Bytes and packets of one direction.
+#[derive(Debug)]
+struct Both([Option<Bucket>; 2]);
+
+impl Both {
+    fn new(rates: Rates) -> Self {
+        Self([rates.bytes, rates.packets].map(|rate| rate.map(Bucket::new)))
+    }
+
+    /// How long the next packet has to wait, if it has.
+    fn wait(&mut self, now: Duration) -> Option<Duration> {
+        self.0.iter_mut().flatten().filter_map(|bucket| bucket.wait(now)).max()
+    }
+
+    fn take(&mut self, bytes: usize) {
+        for (bucket, count) in self.0.iter_mut().zip([bytes as u64, 1]) {
+            if let Some(bucket) = bucket {
+                bucket.take(count);
+            }
+        }
+    }
+}
+
+const NANOSECONDS: i128 = 1_000_000_000;
+
+/// A token bucket: it fills at a rate, and what is taken out may leave a debt.
+#[derive(Debug)]
+struct Bucket {
+    rate: Rate,
+    /// Tokens times nanoseconds, so that nothing is lost in division.
+    level: i128,
+    filled: Duration,
+}
+
+impl Bucket {
+    fn new(rate: Rate) -> Self {
+        Self { rate, level: Self::full(rate), filled: Duration::ZERO }
+    }
+
+    fn full(rate: Rate) -> i128 {
+        i128::from(rate.burst.get()) * NANOSECONDS
+    }
+
+    /// How long it takes until there is something in it; `None` while there is.
+    fn wait(&mut self, now: Duration) -> Option<Duration> {
+        let per_second = i128::from(self.rate.per_second.get());
+        let passed = i128::try_from(now.saturating_sub(self.filled).as_nanos()).unwrap_or(i128::MAX);
+        let (full, filled) = (Self::full(self.rate), per_second.saturating_mul(passed));
+        self.level = self.level.saturating_add(filled).min(full);
+        self.filled = self.filled.max(now);
+        // A whole token: packets are not cut into parts.
+        if self.level >= NANOSECONDS {
+            return None;
+        }
+        let grain = per_second.saturating_mul(GRAIN.as_nanos().try_into().unwrap_or(0));
+        let missing = (grain.clamp(NANOSECONDS, full) - self.level) / per_second + 1;
+        Some(Duration::from_nanos(u64::try_from(missing).unwrap_or(u64::MAX)))
+    }
+
+    fn take(&mut self, count: u64) {
+        self.level = self.level.saturating_sub(i128::from(count) * NANOSECONDS);
+    }
+}
+
+/// A back end with limits; see [`Limiter::limit`].
+pub struct Limited<B> {
+    backend: B,
+    limiter: Limiter,
+    wait: Wait,
+    /// Of packets that the guest sends, and receives.
+    timers: [Timer; 2],
+    /// Lives as long as it is waited for.
+    _source: Option<Arc<dyn AsRawFd + Send + Sync>>,
+}
+
+impl<B: fmt::Debug> fmt::Debug for Limited<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Limited")
+            .field("backend", &self.backend)
+            .field("limiter", &self.limiter)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<B> Limited<B> {
+    /// Has `timer` ring when there is something in the buckets again, if there is not now.
+    fn admit(&self, timer: &Timer, direction: impl FnOnce(&mut Buckets) -> &mut Both) -> io::Result<()> {
+        let now = (self.limiter.clock)();
+        let wait = direction(&mut self.limiter.lock()).wait(now);
+        wait.map_or(Ok(()), |time| {
+            timer.set(time)?;
+            Err(io::ErrorKind::WouldBlock.into())
+        })
+    }
+}
+
+impl<B: NetBackend> NetBackend for Limited<B> {
+    forward!(self => self.backend);
+
+    fn source(&self) -> Option<Arc<dyn AsRawFd + Send + Sync>> {
+        Some(self.wait.source())
+    }
+    fn holds_back(&self) -> bool {
+        true
+    }
+
+    fn send(&mut self, packet: &mut Buffers<'_>) -> io::Result<()> {
+        let [timer, _] = &self.timers;
+        self.admit(timer, |buckets| &mut buckets.sent)?;
+        let len = packet.len().saturating_sub(HEADER);
+        self.backend.send(packet).map_err(|error| match error.kind() {
+            // No event would come for it.
+            io::ErrorKind::WouldBlock if !self.backend.holds_back() => io::Error::other(error),
+            _ => error,
+        })?;
+        self.limiter.lock().sent.take(len);
+        Ok(())
+    }
+
+    fn receive(&mut self, into: &mut Buffers<'_>, spill: &mut [u8]) -> io::Result<usize> {
+        let [_, timer] = &self.timers;
+        self.admit(timer, |buckets| &mut buckets.received)?;
+        let len = self.backend.receive(into, spill)?;
+        self.limiter.lock().received.take(len.saturating_sub(HEADER));
+        Ok(len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::net::tests::{frame, receive, send};
+    use crate::net::{Port, pair};
+
+    fn rate(per_second: u64, burst: u64) -> Option<Rate> {
+        Some(Rate { per_second: per_second.try_into().unwrap(), burst: burst.try_into().unwrap() })
+    }
+
+    const FREE: Rates = Rates { bytes: None, packets: None };
+
+    /// A limited port, the other end, and the clock in milliseconds.
+    fn limited(sent: Rates, received: Rates) -> (Limited<Port>, Port, Arc<AtomicU64>) {
+        let clock = Arc::new(AtomicU64::new(0));
+        let now = clock.clone();
+        let limiter =
+            Limiter::with_clock(sent, received, move || Duration::from_millis(now.load(Ordering::SeqCst)));
+        let (near, far) = pair().unwrap();
+        (limiter.limit(near).unwrap(), far, clock)
+    }
+
+    fn sends(backend: &mut dyn NetBackend, len: usize) -> usize {
+        (0..1000).take_while(|_| send(backend, &frame(len, 0)).is_ok()).count()
+    }
+
+    #[test]
+    fn packets_go_by_count() {
+        let packets = Rates { packets: rate(100, 5), bytes: None };
+        let (mut near, mut far, clock) = limited(packets, FREE);
+        assert_eq!((sends(&mut near, 60), sends(&mut near, 60)), (5, 0));
+        clock.store(9, Ordering::SeqCst);
+        assert_eq!(sends(&mut near, 1500), 0);
+        clock.store(30, Ordering::SeqCst);
+        assert_eq!(sends(&mut near, 1500), 3);
+        // Not more than a burst is kept.
+        clock.store(1_000_000, Ordering::SeqCst);
+        assert_eq!(sends(&mut near, 60), 5);
+        // The other direction is free.
+        assert_eq!(sends(&mut far, 60), 1000);
+        assert_eq!(std::iter::from_fn(|| receive(&mut near)).count(), 1000);
+    }
+
+    #[test]
+    fn bytes_leave_debts() {
+        let bytes = Rates { bytes: rate(1000, 1000), packets: None };
+        let (mut near, mut far, clock) = limited(FREE, bytes);
+        (0..20).for_each(|_| send(&mut far, &frame(600, 0)).unwrap());
+        let mut comes = || std::iter::from_fn(|| receive(&mut near)).count();
+        assert_eq!(comes(), 2, "600 and 600 of 1000");
+        clock.store(200, Ordering::SeqCst);
+        assert_eq!(comes(), 0);
+        clock.store(201, Ordering::SeqCst);
+        assert_eq!(comes(), 1);
+        clock.store(100_000, Ordering::SeqCst);
+        assert_eq!(comes(), 2);
+        assert_eq!(sends(&mut far, 600), 1000);
+    }
+
+    #[test]
+    fn several_queues_share_their_limits() {
+        let packets = Rates { packets: rate(1, 10), bytes: None };
+        let limiter = Limiter::with_clock(packets, FREE, || Duration::ZERO);
+        let ports = [(); 2].map(|()| pair().unwrap());
+        let [mut a, mut b] = ports.map(|(near, _)| limiter.limit(near).unwrap());
+        assert_eq!((sends(&mut a, 60), sends(&mut b, 60)), (10, 0));
+    }
+
+    #[test]
+    fn a_timer_tells_when_it_goes_on() {
+        let packets = Rates { packets: rate(1000, 1), bytes: None };
+        let (near, _far) = pair().unwrap();
+        let mut near = Limiter::new(packets, packets).limit(near).unwrap();
+        let epoll = vmm_sys_util::epoll::Epoll::new().unwrap();
+        let event = vmm_sys_util::epoll::EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+        let source = near.source().unwrap();
+        epoll.ctl(vmm_sys_util::epoll::ControlOperation::Add, source.as_raw_fd(), event).unwrap();
+        for round in 0..20 {
+            while send(&mut near, &frame(60, 0)).is_ok() {}
+            let count = epoll.wait(10_000, &mut [vmm_sys_util::epoll::EpollEvent::default()]).unwrap();
+            assert_eq!(count, 1, "round {round}: nobody is told");
+        }
+    }
+
+    proptest! {
+        /// Never more than the rate and a burst, with debts of one packet, and after the time it says
+        /// there is something.
+        #[test]
+        fn buckets_keep_their_rate(
+            per_second in 1_u64..10_000_000_000, burst in 1_u64..10_000_000, steps in prop::collection::vec((0_u64..50_000_000, 1_u64..70_000), 1..100),
+        ) {
+            let mut bucket = Bucket::new(rate(per_second, burst).unwrap());
+            let (mut now, mut taken, mut last) = (Duration::ZERO, 0_u128, 0);
+            for (nanoseconds, count) in steps {
+                now += Duration::from_nanos(nanoseconds);
+                match bucket.wait(now) {
+                    None => {
+                        bucket.take(count);
+                        (taken, last) = (taken + u128::from(count), count);
+                    }
+                    Some(time) => {
+                        now += time;
+                        prop_assert_eq!(bucket.wait(now), None, "{:?} was not enough", time);
+                    }
+                }
+                let allowed = u128::from(per_second) * now.as_nanos() / 1_000_000_000 + u128::from(burst + last);
+                prop_assert!(taken <= allowed, "{} of {}", taken, allowed);
+            }
+        }
+    }
+}
