@@ -14,6 +14,7 @@ use super::mmio::{Interrupt, NOTIFY, VirtioMmio};
 use super::net::Net;
 use super::rng::Rng;
 use super::runner::Threading;
+use super::vsock::Vsock;
 
 /// Bytes of guest-physical addresses for each device.
 const WINDOW: u32 = 0x1000;
@@ -66,7 +67,7 @@ macro_rules! attach_by_mmio {
     )*};
 }
 
-attach_by_mmio!(Disk, Net, Rng, VirtioConsole);
+attach_by_mmio!(Disk, Net, Rng, VirtioConsole, Vsock);
 
 impl Attach for MmioAttach {
     fn attach(self: Box<Self>, machine: &mut Machine) -> Result<()> {

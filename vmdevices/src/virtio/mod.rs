@@ -35,6 +35,7 @@ mod net;
 mod queue;
 mod rng;
 mod runner;
+mod vsock;
 
 pub use attach::{MmioAttach, mmio};
 pub use block::Disk;
@@ -47,6 +48,7 @@ pub use net::{Mac, Net};
 pub use queue::{Chain, QueueError, VirtQueue};
 pub use rng::Rng;
 pub use runner::Threading;
+pub use vsock::{Vsock, VsockHandle, VsockListener};
 
 /// Feature bits that are the transport's (virtio 1.2, section 6).
 mod features {
