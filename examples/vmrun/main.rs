@@ -14,7 +14,7 @@ use vmcore::boot::{Boot, Linux, LinuxEntry, Multiboot, Pvh, Raw, RawMode};
 use vmcore::host::{Report, Status};
 use vmcore::{Accel, Deterministic, Outcome, Vm, VmBuilder};
 use vmdevices::console::{self, Callback, Console, Socket, Stdio};
-use vmdevices::{Disk, Net, Pc, Rng};
+use vmdevices::{Disk, Net, Pc, Rng, Vsock};
 
 use args::{AccelArg, Args, ConsoleArg, EntryArg, NetArg};
 use stats::Times;
@@ -144,6 +144,9 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
     }
     if let NetArg::Tap(name) = &args.net {
         builder = builder.attach(Net::tap(name)?);
+    }
+    if let Some(vsock) = &args.vsock {
+        builder = builder.attach(Vsock::new(vsock.cid)?.socket(&vsock.path)?);
     }
     if !args.disks.is_empty() {
         builder = builder.attach(Rng::new());

@@ -270,6 +270,11 @@ fn credit_that_is_not_there_is_not_used() {
         }
         let right = room.saturating_sub(0_u32.wrapping_sub(took)).min(1000);
         assert_eq!((got, asked), (right as usize, u32::from(right < 1000)), "{room} {took}");
+        // An answer of nothing is taken for one.
+        if right < 1000 {
+            guest.send(Sent { op: CREDIT_UPDATE, room, took, ..GOOD }, &[]);
+            assert_eq!(guest.packet(), None);
+        }
         // Then it says how much it is.
         let took = u32::try_from(got).unwrap();
         guest.send(Sent { op: CREDIT_UPDATE, room: 0x1_0000, took, ..GOOD }, &[]);
@@ -279,6 +284,24 @@ fn credit_that_is_not_there_is_not_used() {
         assert_eq!(got, 1000);
         guest.send_op(RST);
     }
+}
+
+/// A stream that had nothing to say once took the buffer's room from those behind it in line.
+#[test]
+fn streams_without_data_do_not_hold_up_others() {
+    let mut guest = Guest::new();
+    let mut hosts = Vec::new();
+    for port in 0..4 {
+        guest.send(Sent { op: REQUEST, ports: (port, PORT), ..GOOD }, &[]);
+        hosts.push(guest.listener.accept(Duration::from_secs(10)).unwrap());
+    }
+    hosts[3].write_all(b"from the last").unwrap();
+    guest.driver.device.poll();
+    let mut said = Vec::new();
+    while let Some(packet) = guest.packet() {
+        said.extend((packet.op == RW).then_some((packet.ports.0, packet.data)));
+    }
+    assert_eq!(said, [(3, b"from the last".to_vec())]);
 }
 
 #[test]

@@ -82,7 +82,7 @@ pub(super) struct Connection {
     sent: Wrapping<u32>,
     guest_room: u32,
     guest_took: Wrapping<u32>,
-    /// It has been asked for room since it last told.
+    /// It has been asked for room since it last had some.
     asked: bool,
     owes_open: bool,
     owes_credit: bool,
@@ -144,7 +144,8 @@ impl Connection {
     pub(super) fn learn_credit(&mut self, header: &Header) {
         self.guest_room = header.buf_alloc;
         self.guest_took = Wrapping(header.fwd_cnt);
-        self.asked = false;
+        // A guest that answers that it has none is not asked again: it will say when it has.
+        self.asked &= self.credit() == 0;
     }
 
     /// Bytes that the guest has room for. A guest that claims nonsense gets nothing.
@@ -295,8 +296,8 @@ impl Connection {
         self.readable && open && (self.credit() > 0 || !self.asked)
     }
 
-    /// The next packet to the guest; its payload goes to `room`.
-    pub(super) fn next(&mut self, room: &mut Buffers<'_>) -> Next {
+    /// The next packet to the guest; its payload goes to the front of `room`.
+    pub(super) fn next(&mut self, room: &Buffers<'_>) -> Next {
         let packet = |op, flags, len| Next::Packet(Packet { op, flags, len });
         if std::mem::take(&mut self.owes_open) {
             let granted = self.phase == Phase::Open;
@@ -312,7 +313,7 @@ impl Connection {
                 self.asked = true;
                 return packet(op::CREDIT_REQUEST, 0, 0);
             }
-            match room.take(most).fill_from(&self.stream, &mut []) {
+            match room.first(most).fill_from(&self.stream, &mut []) {
                 Ok(0) => {
                     self.readable = false;
                     self.host_shut |= if self.hung_up { shut::BOTH } else { shut::SEND };

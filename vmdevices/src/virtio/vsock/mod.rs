@@ -44,8 +44,8 @@ const STATE_VERSION: u8 = 1;
 /// The embedder reaches the guest's ports without files by [`Vsock::handle`].
 ///
 /// Data flows as fast as the reader takes it: the device keeps at most 128 KiB of a stream, and up to
-/// 1024 streams at once. Half-closed streams go on in the other direction; a reset of one side is
-/// `ECONNRESET` on the other. Streams are of type `SOCK_STREAM`: `SOCK_SEQPACKET` is not offered, as a
+/// 1024 streams at once. Half-closed streams go on in the other direction. A host that closes with data
+/// unread resets the stream; a reset of the guest closes it on the host. Streams are of type `SOCK_STREAM`: `SOCK_SEQPACKET` is not offered, as a
 /// Unix stream has no place for the ends of messages.
 ///
 /// Streams end where a saved state is restored: the guest gets the transport reset event, and its
