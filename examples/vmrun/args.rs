@@ -49,6 +49,11 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = TransportArg::Mmio)]
     pub transport: TransportArg,
 
+    /// Sockets to the guest: programs connect to PATH and send "CONNECT PORT", the guest reaches those
+    /// that listen on PATH_PORT
+    #[arg(long, value_name = "cid=N,path=PATH", value_parser = vsock)]
+    pub vsock: Option<VsockArg>,
+
     /// Size of the guest's memory: 64M, 2G, ...
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size)]
     pub memory: u64,
@@ -163,9 +168,19 @@ pub enum NetArg {
     Tap(String),
 }
 
+/// `--vsock`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VsockArg {
+    /// The guest's number among others.
+    pub cid: u32,
+    /// The socket to listen on.
+    pub path: PathBuf,
+}
+
+/// Stands for a doubled comma while a text is split at the others: no path contains it.
+const COMMA: &str = "\0";
+
 fn disk(text: &str) -> Result<DiskArg, String> {
-    /// Stands for a doubled comma while the text is split at the others: no path contains it.
-    const COMMA: &str = "\0";
     let text = text.replace(",,", COMMA);
     let mut parts = text.split(',');
     let path = parts.next().unwrap_or_default().replace(COMMA, ",");
@@ -204,6 +219,25 @@ fn net(text: &str) -> Result<NetArg, String> {
         None if text == "none" => Ok(NetArg::None),
         Some(("tap", name)) if !name.is_empty() => Ok(NetArg::Tap(name.into())),
         _ => Err("valid are: none, tap=NAME".into()),
+    }
+}
+
+fn vsock(text: &str) -> Result<VsockArg, String> {
+    let text = text.replace(",,", COMMA);
+    let (mut cid, mut path) = (None, None);
+    for option in text.split(',') {
+        match option.split_once('=') {
+            Some(("cid", number)) => {
+                let parsed = number.parse().ok().filter(|cid| (3..u32::MAX).contains(cid));
+                cid = Some(parsed.ok_or_else(|| format!("{number:?} is no CID: give 3 to 4294967294"))?);
+            }
+            Some(("path", name)) if !name.is_empty() => path = Some(name.replace(COMMA, ",").into()),
+            _ => return Err(format!("no option {:?}; known are: cid, path", option.replace(COMMA, ","))),
+        }
+    }
+    match (cid, path) {
+        (Some(cid), Some(path)) => Ok(VsockArg { cid, path }),
+        _ => Err("give both: cid=3,path=vm.vsock".into()),
     }
 }
 
@@ -295,6 +329,16 @@ mod tests {
         assert_eq!(console("./a=b"), ConsoleArg::File("./a=b".into()));
         assert_eq!(console("unix=/run/vm.sock"), ConsoleArg::Unix("/run/vm.sock".into()));
         refused(&["--console", "unix="], &["unix=PATH"]);
+    }
+
+    #[test]
+    fn sockets_have_a_cid_and_a_path() {
+        let vsock = |text| parse(&["--vsock", text]).unwrap().vsock;
+        assert_eq!(vsock("cid=3,path=a,,b"), Some(VsockArg { cid: 3, path: "a,b".into() }));
+        assert_eq!(vsock("path=v,cid=9").map(|vsock| vsock.cid), Some(9));
+        refused(&["--vsock", "cid=2,path=v"], &["3 to 4294967294"]);
+        refused(&["--vsock", "cid=3"], &["both"]);
+        refused(&["--vsock", "cid=3,path="], &["known are: cid, path"]);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use vmcore::host::{Report, Status};
 use vmcore::{Accel, Deterministic, Outcome, Vm, VmBuilder};
 use vmdevices::console::{self, Callback, Console, Socket, Stdio};
 use vmdevices::virtio::{self, VirtioDevice};
-use vmdevices::{Disk, Net, Pc, Rng};
+use vmdevices::{Disk, Net, Pc, Rng, Vsock};
 
 use args::{AccelArg, Args, ConsoleArg, EntryArg, NetArg, TransportArg};
 use stats::Times;
@@ -145,6 +145,9 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
     }
     if let NetArg::Tap(name) = &args.net {
         builder = attach(builder, Net::tap(name)?, args.transport);
+    }
+    if let Some(vsock) = &args.vsock {
+        builder = builder.attach(Vsock::new(vsock.cid)?.socket(&vsock.path)?);
     }
     if !args.disks.is_empty() {
         builder = attach(builder, Rng::new(), args.transport);

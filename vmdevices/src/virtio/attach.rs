@@ -16,6 +16,7 @@ use super::net::Net;
 use super::pci::VirtioPci;
 use super::rng::Rng;
 use super::runner::Threading;
+use super::vsock::Vsock;
 use crate::pci::{PciAddress, PciBus};
 
 /// Bytes of guest-physical addresses for each device.
@@ -69,7 +70,7 @@ macro_rules! attach_by_mmio {
     )*};
 }
 
-attach_by_mmio!(Disk, Net, Rng, VirtioConsole);
+attach_by_mmio!(Disk, Net, Rng, VirtioConsole, Vsock);
 
 impl Attach for MmioAttach {
     fn attach(self: Box<Self>, machine: &mut Machine) -> Result<()> {
@@ -135,12 +136,7 @@ fn doorbells(machine: &mut Machine, base: GuestAddress, queues: usize) -> Result
 
 /// Where a device is served: as chosen, else on I/O threads of its own, `count` and at least one, called
 /// after `name`.
-fn served(
-    machine: &mut Machine,
-    choice: Option<Threading>,
-    count: usize,
-    name: &str,
-) -> Result<Threading> {
+fn served(machine: &mut Machine, choice: Option<Threading>, count: usize, name: &str) -> Result<Threading> {
     match choice {
         Some(Threading::IoThreads(_)) if machine.is_deterministic() => Err(Error::Config {
             what: "threading of a virtio device",

@@ -23,6 +23,8 @@ impl DeviceType {
     pub const CONSOLE: Self = Self(3);
     /// Entropy source (5.4).
     pub const ENTROPY: Self = Self(4);
+    /// Sockets (5.10).
+    pub const SOCKET: Self = Self(19);
 }
 
 /// A virtio device, as its driver sees it: type, features, configuration.

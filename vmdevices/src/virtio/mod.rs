@@ -36,6 +36,7 @@ mod pci;
 mod queue;
 mod rng;
 mod runner;
+mod vsock;
 
 pub use attach::{MmioAttach, PciAttach, mmio, pci};
 pub use block::{CacheMode, Disk, DiskHandle};
@@ -49,6 +50,7 @@ pub use pci::VirtioPci;
 pub use queue::{Chain, QueueError, RangeChain, VirtQueue};
 pub use rng::Rng;
 pub use runner::Threading;
+pub use vsock::{Vsock, VsockHandle, VsockListener};
 
 use std::sync::Arc;
 

@@ -22,9 +22,9 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 use vmcore::{Error, Machine, Result};
 
-use crate::complaints::Complaints;
 use super::device::{Activation, DeviceType, Transport, VirtioDevice, Worker, read_config_bytes};
 use crate::block::{BlockBackend, Counters, DiskError, Limiter, Limits, Pool, RawFile, SECTOR, count};
+use crate::complaints::Complaints;
 use crate::saved;
 pub use handle::DiskHandle;
 use request::{Failure, Job, Op};
