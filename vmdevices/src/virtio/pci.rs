@@ -237,6 +237,11 @@ impl VirtioPci {
         })
     }
 
+    /// Has the device look at its host descriptors, as [`VirtioMmio::poll`](super::VirtioMmio::poll).
+    pub fn poll(&self) {
+        self.lifecycle.poll();
+    }
+
     /// Lets the device look at the machine it is put on.
     pub(super) fn attached(&mut self, machine: &mut Machine) -> Result<()> {
         self.lifecycle.attached(machine)
