@@ -588,3 +588,6 @@ fn class(kind: DeviceType) -> u32 {
         _ => 0xff_0000,
     }
 }
+
+#[cfg(test)]
+mod tests;
