@@ -1,5 +1,6 @@
 //! Tests with a driver that breaks rules: it writes registers and rings by hand.
 
+mod activation;
 mod every;
 #[path = "../../tests/driver/pci.rs"]
 mod pci_registers;
