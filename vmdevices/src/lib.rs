@@ -60,6 +60,10 @@
 //! accesses run on the thread of the vCPU that makes them, what waits for the host on the machine's
 //! I/O threads ([`vmcore::IoThread`]). Section numbers of virtio are those of version 1.2.
 
+// By this name tests of the crate and of its interface share code.
+#[cfg(test)]
+extern crate self as vmdevices;
+
 pub mod block;
 mod board;
 pub mod buffers;

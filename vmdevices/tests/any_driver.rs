@@ -104,6 +104,26 @@ fn restoring_again_and_again_does_not_multiply_the_input() {
     assert_eq!(fuzz::console(&input).status, READY);
 }
 
+/// The fuzzed bus does what it is to do.
+#[test]
+fn a_function_on_pci_sends_messages_wherever_its_bar_is() {
+    let config = |slot: u8, offset: u8, value: u32| {
+        let [a, b, c, d] = value.to_le_bytes();
+        [0, slot | 2 << 2, offset, 0, a, b, c, d]
+    };
+    let msix = 0x40 + 3 * 16 + 20 + 20;
+    let mut input = Vec::new();
+    for (slot, bar) in [(1, 0xc700_0000), (2, 0xd000_0000)] {
+        input.extend([config(slot, 0x10, bar), config(slot, 4, 6), config(slot, msix, 0x8001_0011)].concat());
+        // Vector 1 is masked no more; the device is used.
+        input.extend([5, slot | 2 << 2, 0x1c, 0x40, 0, 0, 0, 0, 8, slot, 0, 0, 0, 0, 0, 0]);
+    }
+    // The second one finds the first one's request too, as both have the same rings.
+    assert_eq!(fuzz::pci(&input), 1 + 2);
+    // Over memory it is silent.
+    assert_eq!(fuzz::pci(&[&config(1, 0x10, 0xc800_0000)[..], &input[STEP..input.len() / 2]].concat()), 0);
+}
+
 #[test]
 fn arbitrary_drivers_do_no_harm() {
     // Weyl's sequence through a mixer (splitmix64): the same on every run.
@@ -130,5 +150,6 @@ fn arbitrary_drivers_do_no_harm() {
             device(&input);
         }
         fuzz::net_commands(&input);
+        fuzz::pci(&input);
     }
 }

@@ -1,8 +1,10 @@
-//! A driver made of fuzzing input, for each virtio device behind virtio-mmio.
+//! A driver made of fuzzing input, for each virtio device behind virtio-mmio, and for a PCI bus.
 //!
 //! Run a target from `vmdevices/` with `cargo +nightly fuzz run TARGET -- -max_total_time=60`, or
 //! without a nightly compiler with `RUSTC_BOOTSTRAP=1 cargo fuzz run TARGET`. `tests/any_driver.rs`
 //! runs the same drivers on a few fixed inputs.
+
+mod pci;
 
 use std::collections::VecDeque;
 use std::io;
@@ -16,6 +18,8 @@ use vmdevices::buffers::Buffers;
 use vmdevices::net::{HEADER, MOST_PACKET, NetBackend};
 use vmdevices::virtio::{Interrupt, Threading, VirtioDevice, VirtioMmio};
 use vmdevices::{Disk, Net, Rng, VirtioConsole, Vsock, console};
+
+pub use pci::pci;
 
 /// Guest memory: 64 KiB in two regions that touch, and behind it a page that the guest cannot write.
 const HALF: u64 = 0x8000;

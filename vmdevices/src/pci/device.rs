@@ -1,5 +1,7 @@
 //! What a PCI device is to the bus.
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use vmcore::{Error, GuestAddress, Result};
 
 use super::interrupt::Interrupts;
@@ -64,6 +66,42 @@ pub trait PciDevice: Send {
             found: format!("{} bytes", state.len()),
         })
     }
+}
+
+/// A device that its owner still reaches, as [`SharedDevice`](vmcore::SharedDevice)s on other buses.
+impl<D: PciDevice + ?Sized> PciDevice for Arc<Mutex<D>> {
+    fn describe(&self) -> Description {
+        reach(self).describe()
+    }
+    fn connect(&mut self, interrupts: Interrupts) {
+        reach(self).connect(interrupts);
+    }
+    fn read(&mut self, bar: u8, offset: u64, data: &mut [u8]) {
+        reach(self).read(bar, offset, data);
+    }
+    fn write(&mut self, bar: u8, offset: u64, data: &[u8]) {
+        reach(self).write(bar, offset, data);
+    }
+    fn read_capability(&mut self, index: usize, offset: usize, data: &mut [u8]) {
+        reach(self).read_capability(index, offset, data);
+    }
+    fn write_capability(&mut self, index: usize, offset: usize, data: &[u8]) {
+        reach(self).write_capability(index, offset, data);
+    }
+    fn mapped(&mut self, bar: u8, at: Option<GuestAddress>) {
+        reach(self).mapped(bar, at);
+    }
+    fn save(&self) -> Result<Vec<u8>> {
+        reach(self).save()
+    }
+    fn restore(&mut self, state: &[u8]) -> Result<()> {
+        reach(self).restore(state)
+    }
+}
+
+fn reach<D: ?Sized>(device: &Mutex<D>) -> MutexGuard<'_, D> {
+    // A device that panicked (an embedder's own) is used on as it is.
+    device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What a function is and has.

@@ -27,7 +27,7 @@ const HID: &str = "LNRO0005";
 
 /// `device` behind virtio-mmio, to be attached to a machine.
 pub fn mmio(device: impl VirtioDevice + 'static) -> MmioAttach {
-    MmioAttach { device: Box::new(device), threading: None }
+    MmioAttach { device: Box::new(device), threading: None, access_platform: false }
 }
 
 /// A virtio device about to be attached; see [`mmio`]. It gets I/O threads of its own unless told
@@ -35,6 +35,7 @@ pub fn mmio(device: impl VirtioDevice + 'static) -> MmioAttach {
 pub struct MmioAttach {
     device: Box<dyn VirtioDevice>,
     threading: Option<Threading>,
+    access_platform: bool,
 }
 
 impl MmioAttach {
@@ -46,6 +47,12 @@ impl MmioAttach {
     /// Serves the device as `threading` says.
     pub fn threading(mut self, threading: Threading) -> Self {
         self.threading = Some(threading);
+        self
+    }
+
+    /// Offers ACCESS_PLATFORM and ORDER_PLATFORM, as [`VirtioMmio::access_platform`].
+    pub fn access_platform(mut self) -> Self {
+        self.access_platform = true;
         self
     }
 }
@@ -74,7 +81,7 @@ attach_by_mmio!(Disk, Net, Rng, VirtioConsole, Vsock);
 
 impl Attach for MmioAttach {
     fn attach(self: Box<Self>, machine: &mut Machine) -> Result<()> {
-        let Self { device, threading } = *self;
+        let Self { device, threading, access_platform } = *self;
         let base = machine.mmio_window(WINDOW.into())?;
         let gsi = machine.allocate_gsi();
         let number = machine.described(HID);
@@ -89,6 +96,9 @@ impl Attach for MmioAttach {
         };
         let memory = machine.memory().clone();
         let mut device = VirtioMmio::with_doorbells(name, device, memory, interrupt, threading, doorbells);
+        if access_platform {
+            device = device.access_platform();
+        }
         device.attached(machine)?;
         machine.mmio(base, WINDOW.into(), Arc::new(Mutex::new(device)))?;
         machine.describe(AcpiDevice {
@@ -155,7 +165,7 @@ fn served(machine: &mut Machine, choice: Option<Threading>, count: usize, name: 
 
 /// `device` behind virtio-pci, to be attached to a machine, which gets a PCI bus with its first PCI device.
 pub fn pci(device: impl VirtioDevice + 'static) -> PciAttach {
-    PciAttach { device: Box::new(device), threading: None, address: None }
+    PciAttach { device: Box::new(device), threading: None, access_platform: false, address: None }
 }
 
 /// A virtio device about to be attached; see [`pci`]. It gets the first free slot and is served as
@@ -164,6 +174,7 @@ pub fn pci(device: impl VirtioDevice + 'static) -> PciAttach {
 pub struct PciAttach {
     device: Box<dyn VirtioDevice>,
     threading: Option<Threading>,
+    access_platform: bool,
     address: Option<PciAddress>,
 }
 
@@ -176,6 +187,12 @@ impl PciAttach {
     /// Serves the device as `threading` says.
     pub fn threading(mut self, threading: Threading) -> Self {
         self.threading = Some(threading);
+        self
+    }
+
+    /// Offers ACCESS_PLATFORM and ORDER_PLATFORM, as [`VirtioPci::access_platform`].
+    pub fn access_platform(mut self) -> Self {
+        self.access_platform = true;
         self
     }
 
@@ -203,13 +220,16 @@ impl std::fmt::Debug for PciAttach {
 
 impl Attach for PciAttach {
     fn attach(self: Box<Self>, machine: &mut Machine) -> Result<()> {
-        let Self { device, threading, address } = *self;
+        let Self { device, threading, access_platform, address } = *self;
         let bus = PciBus::of(machine)?;
         let address = bus.free(address)?;
         let name = format!("virtio {address} (type {})", device.device_type().0);
         let threading = served(machine, threading, device.threads(), &format!("virtio {address}"))?;
         let ring = matches!(threading, Threading::IoThreads(_));
         let mut device = VirtioPci::with_doorbells(name, device, &machine.platform(), threading, ring)?;
+        if access_platform {
+            device = device.access_platform();
+        }
         device.attached(machine)?;
         bus.add(Some(address), Box::new(device)).map(drop)
     }

@@ -1,7 +1,10 @@
 //! Tests with a driver that breaks rules: it writes registers and rings by hand.
 
+mod activation;
 mod disks;
 mod every;
+#[path = "../../tests/driver/pci.rs"]
+mod pci_registers;
 mod vsock;
 
 use std::collections::VecDeque;
@@ -15,6 +18,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use vmcore::{BusDevice, GuestAddress, GuestMemory, IoThread, IrqLine, IrqSink, MemoryRegion, Msi};
 
+use self::pci_registers::{Interrupts, PciRegisters};
 use super::{Rng, *};
 use crate::block::BlockBackend;
 use crate::buffers::Buffers;
@@ -60,18 +64,52 @@ fn memory() -> GuestMemory {
 /// A device and its driver.
 struct Driver {
     memory: GuestMemory,
-    device: VirtioMmio,
+    device: Box<dyn Registers>,
     edges: Arc<Edges>,
     /// The queue that the rings at the constants belong to.
     queue: u32,
     available: u16,
 }
 
+/// Registers in the shape of virtio-mmio's.
+trait Registers: BusDevice {
+    fn poll(&self);
+}
+
+impl Registers for VirtioMmio {
+    fn poll(&self) {
+        VirtioMmio::poll(self);
+    }
+}
+
+impl Registers for PciRegisters {
+    fn poll(&self) {
+        PciRegisters::poll(self);
+    }
+}
+
+/// What a device is behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Behind {
+    Mmio,
+    Pci,
+}
+
 impl Driver {
     fn new(device: impl VirtioDevice + 'static, threading: Threading) -> Self {
+        Self::on(Behind::Mmio, device, threading)
+    }
+
+    fn on(behind: Behind, device: impl VirtioDevice + 'static, threading: Threading) -> Self {
         let (memory, edges) = (memory(), Arc::new(Edges::default()));
-        let interrupt = Interrupt::Line(IrqLine::new(edges.clone(), 5));
-        let device = VirtioMmio::new("test", device, memory.clone(), interrupt, threading).unwrap();
+        let (guest, sink) = (memory.clone(), edges.clone());
+        let device: Box<dyn Registers> = match behind {
+            Behind::Mmio => {
+                let interrupt = Interrupt::Line(IrqLine::new(sink, 5));
+                Box::new(VirtioMmio::new("test", device, guest, interrupt, threading).unwrap())
+            }
+            Behind::Pci => Box::new(PciRegisters::new(device, guest, sink, threading, Interrupts::Messages)),
+        };
         Self { memory, device, edges, queue: 0, available: 0 }
     }
 
@@ -691,7 +729,8 @@ fn a_saved_device_goes_on_in_another() {
     other.memory = driver.memory.clone();
     let interrupt = Interrupt::Line(IrqLine::new(other.edges.clone(), 5));
     let disk = Disk::new(Arc::new(Bytes::new(64)));
-    other.device = VirtioMmio::new("other", disk, other.memory.clone(), interrupt, Threading::Vcpu).unwrap();
+    let device = VirtioMmio::new("other", disk, other.memory.clone(), interrupt, Threading::Vcpu).unwrap();
+    other.device = Box::new(device);
     other.device.restore(&state).unwrap();
     other.available = driver.available;
     assert_eq!((other.status(), other.read(0x60), other.edges.0.load(Ordering::SeqCst)), (15, 1, 1));
@@ -717,12 +756,13 @@ proptest! {
         ),
         junk in prop::collection::vec(any::<u16>(), 64),
         which in 0..4,
+        behind in prop_oneof![Just(Behind::Mmio), Just(Behind::Pci)],
     ) {
         let mut driver = match which {
-            0 => Driver::disk(),
-            1 => Driver::new(Rng::new(), Threading::Vcpu),
-            2 => Driver::new(Vsock::new(3).unwrap(), Threading::Vcpu),
-            _ => Driver::new(VirtioConsole::new(crate::console::Null), Threading::Vcpu),
+            0 => Driver::on(behind, Disk::new(Arc::new(Bytes::new(64))), Threading::Vcpu),
+            1 => Driver::on(behind, Rng::new(), Threading::Vcpu),
+            2 => Driver::on(behind, Vsock::new(3).unwrap(), Threading::Vcpu),
+            _ => Driver::on(behind, VirtioConsole::new(crate::console::Null), Threading::Vcpu),
         };
         driver.start();
         for (n, word) in junk.iter().enumerate() {

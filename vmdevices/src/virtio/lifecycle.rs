@@ -77,6 +77,11 @@ impl Lifecycle {
         self.device.device_type().0
     }
 
+    /// Offers `features` of the transport besides those that it always does. Before the driver looks.
+    pub(super) fn offer(&mut self, features: u64) {
+        self.offered |= features;
+    }
+
     /// 32 of the offered feature bits, from bit `32 * bank`.
     pub(super) fn offered(&self, bank: u32) -> u32 {
         word(self.offered, bank)

@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::{Transport, VirtioDevice};
 use super::lifecycle::{self, Lifecycle};
 use super::runner::{Status, Threading};
-use super::{set_high, set_low, status};
+use super::{features, set_high, set_low, status};
 use crate::saved;
 
 /// Register offsets in bytes (virtio 1.2, table 4.1).
@@ -166,6 +166,15 @@ impl VirtioMmio {
         let signals = Arc::new(Signals { status: status.clone(), pending, generation, interrupt });
         let lifecycle = Lifecycle::new(device, memory, status, signals.clone(), threading, doorbells);
         Self { lifecycle, signals, device_features_sel: 0, driver_features_sel: 0, queue_sel: 0 }
+    }
+
+    /// Offers ACCESS_PLATFORM and ORDER_PLATFORM (virtio 1.2, section 6): a driver that accepts them treats the
+    /// device as hardware. It reaches memory by the guest's DMA interface, with bounce buffers where the guest
+    /// wants those, and orders accesses by barriers for devices. Both cost the guest time, and neither is needed
+    /// by a guest that trusts the host with its memory.
+    pub fn access_platform(mut self) -> Self {
+        self.lifecycle.offer(features::OF_PLATFORM);
+        self
     }
 
     /// Has the device look at its host descriptors, on the caller's thread: for

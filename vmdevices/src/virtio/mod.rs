@@ -20,6 +20,10 @@
 //! # }
 //! ```
 //!
+//! Both transports have the same features: VERSION_1, INDIRECT_DESC, EVENT_IDX and RING_RESET, and where they are
+//! asked for ACCESS_PLATFORM and ORDER_PLATFORM ([`PciAttach::access_platform`]). Rings are split ones: virtio-queue
+//! has no packed rings, so RING_PACKED is not offered.
+//!
 //! Whatever a driver does ends at its own device: a broken ring stops the device until it is reset
 //! (DEVICE_NEEDS_RESET), a failed request is an I/O error inside the guest.
 
@@ -63,6 +67,10 @@ mod features {
     pub(super) const EVENT_IDX: u64 = 1 << 29;
     pub(super) const VERSION_1: u64 = 1 << 32;
     pub(super) const RING_RESET: u64 = 1 << 40;
+    pub(super) const ACCESS_PLATFORM: u64 = 1 << 33;
+    pub(super) const ORDER_PLATFORM: u64 = 1 << 36;
+    /// Those of a device that is reached as if it were hardware.
+    pub(super) const OF_PLATFORM: u64 = ACCESS_PLATFORM | ORDER_PLATFORM;
     pub(super) const OF_TRANSPORT: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1 | RING_RESET;
 }
 

@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::{DeviceType, Transport, VirtioDevice};
 use super::lifecycle::{self, Lifecycle};
 use super::runner::{Status, Threading};
-use super::{set_high, set_low, status};
+use super::{features, set_high, set_low, status};
 use crate::pci::{Bar, Capability, Description, Identity, Interrupts, MsixTable, PciDevice};
 use crate::saved;
 
@@ -235,6 +235,20 @@ impl VirtioPci {
             registrations: Vec::new(),
             at: None,
         })
+    }
+
+    /// Offers ACCESS_PLATFORM and ORDER_PLATFORM (virtio 1.2, section 6): a driver that accepts them treats the
+    /// device as hardware. It reaches memory by the guest's DMA interface, with bounce buffers where the guest
+    /// wants those, and orders accesses by barriers for devices. Both cost the guest time, and neither is needed
+    /// by a guest that trusts the host with its memory.
+    pub fn access_platform(mut self) -> Self {
+        self.lifecycle.offer(features::OF_PLATFORM);
+        self
+    }
+
+    /// Has the device look at its host descriptors, as [`VirtioMmio::poll`](super::VirtioMmio::poll).
+    pub fn poll(&self) {
+        self.lifecycle.poll();
     }
 
     /// Lets the device look at the machine it is put on.
@@ -583,3 +597,6 @@ fn class(kind: DeviceType) -> u32 {
         _ => 0xff_0000,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,10 +1,13 @@
 //! What `virtio-drivers` needs: registers and memory.
 
+mod pci;
+
 use std::cell::RefCell;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+use pci::{Interrupts, PciRegisters};
 use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport};
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
 use vmcore::{BusDevice, GuestAddress, GuestMemory, IoThread, IrqLine, IrqSink, MemoryRegion, Msi};
@@ -18,27 +21,55 @@ const PAGES: usize = 2048;
 pub struct Machine {
     memory: GuestMemory,
     threading: Threading,
+    transport: TransportKind,
+}
+
+/// What devices are behind.
+#[derive(Clone, Copy, Debug)]
+enum TransportKind {
+    Mmio,
+    Pci(Interrupts),
 }
 
 impl Machine {
-    /// One machine that serves requests on the vCPU's thread and one with an I/O thread.
+    /// Machines that serve requests on the vCPU's thread and machines with an I/O thread, of every transport.
     pub fn both() -> impl Iterator<Item = Self> {
         let thread = IoThread::new("virtio test").unwrap();
-        [Threading::Vcpu, Threading::IoThreads(vec![thread])].into_iter().map(|threading| {
+        let kinds = [
+            TransportKind::Mmio,
+            TransportKind::Pci(Interrupts::Messages),
+            TransportKind::Pci(Interrupts::Pin),
+        ];
+        let each = kinds.map(|kind| {
+            [Threading::Vcpu, Threading::IoThreads(vec![thread.clone()])].map(|threading| (kind, threading))
+        });
+        each.into_iter().flatten().map(|(transport, threading)| {
             let region = MemoryRegion::anonymous(GuestAddress(BASE), (PAGES * PAGE_SIZE) as u64).unwrap();
             let memory = GuestMemory::new();
             memory.insert(Arc::new(region.clone())).unwrap();
             POOL.replace(Some(Pool { region, free: (0..PAGES).rev().collect() }));
-            Self { memory, threading }
+            Self { memory, threading, transport }
         })
     }
 
     /// Puts `device` on the machine.
     pub fn device(&self, device: impl VirtioDevice + 'static) -> Registers {
         let counter = Arc::new(Counter::default());
-        let interrupt = Interrupt::Line(IrqLine::new(counter.clone(), 5));
-        let device = VirtioMmio::new("test", device, self.memory.clone(), interrupt, self.threading.clone());
-        Registers { device: Arc::new(Mutex::new(device.unwrap())), counter }
+        let (memory, threading) = (self.memory.clone(), self.threading.clone());
+        let device: Arc<Mutex<dyn Polled>> = match self.transport {
+            TransportKind::Mmio => {
+                let interrupt = Interrupt::Line(IrqLine::new(counter.clone(), 5));
+                let device = VirtioMmio::new("test", device, memory, interrupt, threading);
+                Arc::new(Mutex::new(device.unwrap()))
+            }
+            TransportKind::Pci(interrupts) => {
+                let sink = counter.clone();
+                Arc::new(Mutex::new(PciRegisters::new(device, memory, sink, threading, interrupts)))
+            }
+        };
+        // On PCI only where that feature is negotiated, which the drivers do not.
+        let stops_queues = matches!(self.transport, TransportKind::Mmio);
+        Registers { device, counter, stops_queues }
     }
 }
 
@@ -55,10 +86,28 @@ impl IrqSink for Counter {
     }
 }
 
+/// Registers in the shape of virtio-mmio's.
+trait Polled: BusDevice {
+    fn poll(&self);
+}
+
+impl Polled for VirtioMmio {
+    fn poll(&self) {
+        VirtioMmio::poll(self);
+    }
+}
+
+impl Polled for PciRegisters {
+    fn poll(&self) {
+        PciRegisters::poll(self);
+    }
+}
+
 /// The registers of one device.
 #[derive(Clone)]
 pub struct Registers {
-    device: Arc<Mutex<VirtioMmio>>,
+    device: Arc<Mutex<dyn Polled>>,
+    stops_queues: bool,
     counter: Arc<Counter>,
 }
 
@@ -144,7 +193,12 @@ impl Transport for Registers {
 
     fn queue_unset(&mut self, queue: u16) {
         self.write(0x30, queue.into());
-        self.write(0x44, 0);
+        if self.stops_queues {
+            self.write(0x44, 0);
+        } else {
+            // All of them: the driver is about to go.
+            self.write(0x70, 0);
+        }
         assert_eq!(self.read(0x44), 0);
     }
 
@@ -234,7 +288,7 @@ unsafe impl Hal for Memory {
     }
 
     unsafe fn mmio_phys_to_virt(_: PhysAddr, _: usize) -> NonNull<u8> {
-        unreachable!("there is no PCI here")
+        unreachable!("BARs are reached by the bus")
     }
 
     unsafe fn share(buffer: NonNull<[u8]>, _: BufferDirection) -> PhysAddr {

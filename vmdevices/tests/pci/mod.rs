@@ -39,7 +39,7 @@ fn works(kernel: &str, cpus: u32, options: &str, expected: Interrupts) {
         .attach(Pc::new().serial(serial))
         .attach(virtio::pci(Disk::open(image.path()).unwrap()))
         .attach(virtio::pci(VirtioConsole::new(terminal)))
-        .attach(virtio::pci(Rng::new()));
+        .attach(virtio::pci(Rng::new()).access_platform());
     let card = net.is_some();
     if let Some(net) = net {
         builder = builder.attach(net);
@@ -88,6 +88,9 @@ fn use_devices(script: &Script, hvc: &Script, card: bool, options: &str, expecte
     assert!(as_found || options.contains("noacpi"), "{resource}");
 
     disk(&ask);
+    // ACCESS_PLATFORM and ORDER_PLATFORM: bits 33 and 36.
+    let features = ask("cut -c 34,37 0000:00:03.0/virtio*/features");
+    assert!(features.contains("11"), "{features}");
     let random = ask("dd if=/dev/hwrng bs=64 count=1 2>/dev/null | wc -c");
     assert!(random.contains("64"), "{random}");
     ask("echo from the guest > /dev/hvc0");

@@ -18,21 +18,21 @@ struct Case {
 }
 
 impl Case {
-    fn new(name: &'static str, threading: &Threading) -> Self {
+    fn new(name: &'static str, behind: Behind, threading: &Threading) -> Self {
         let threading = threading.clone();
         let (mut driver, queue, data) = match name {
-            "disk" => (Driver::new(Disk::new(Arc::new(Bytes::new(64))), threading), 0, WRITE),
-            "rng" => (Driver::new(Rng::new(), threading), 0, WRITE),
-            "vsock out" => (Driver::new(Vsock::new(3).unwrap(), threading), 1, 0),
+            "disk" => (Driver::on(behind, Disk::new(Arc::new(Bytes::new(64))), threading), 0, WRITE),
+            "rng" => (Driver::on(behind, Rng::new(), threading), 0, WRITE),
+            "vsock out" => (Driver::on(behind, Vsock::new(3).unwrap(), threading), 1, 0),
             "console input" | "console output" => {
                 let (terminal, script) = console::memory().unwrap();
                 script.send("typed ".repeat(10_000)).unwrap();
-                let driver = Driver::new(VirtioConsole::new(terminal), threading);
+                let driver = Driver::on(behind, VirtioConsole::new(terminal), threading);
                 if name == "console input" { (driver, 0, WRITE) } else { (driver, 1, 0) }
             }
             _ => {
                 let packets = Arc::new(Mutex::new(vec![frame(60, 7); 10_000].into()));
-                let driver = Driver::new(Net::new(Packets(packets)).unwrap(), threading);
+                let driver = Driver::on(behind, Net::new(Packets(packets)).unwrap(), threading);
                 if name == "packets in" { (driver, 0, WRITE) } else { (driver, 1, 0) }
             }
         };
@@ -50,9 +50,9 @@ impl Case {
     }
 
     fn every(threading: &Threading) -> impl Iterator<Item = Self> {
-        let names =
-            ["disk", "rng", "console input", "console output", "packets in", "packets out", "vsock out"];
-        names.into_iter().map(|name| Self::new(name, threading))
+        let names = ["disk", "rng", "console input", "console output", "packets in", "packets out", "vsock out"];
+        let each = names.map(|name| [Behind::Mmio, Behind::Pci].map(|behind| (name, behind)));
+        each.into_iter().flatten().map(|(name, behind)| Self::new(name, behind, threading))
     }
 
     fn lay(&self, descriptors: &[Descriptor]) {
@@ -288,7 +288,7 @@ fn rings_that_change_while_they_are_read_do_no_harm() {
 #[test]
 fn devices_know_what_their_own_buffers_must_be() {
     let driven = |name, chain: &[Descriptor]| {
-        let mut case = Case::new(name, &Threading::Vcpu);
+        let mut case = Case::new(name, Behind::Mmio, &Threading::Vcpu);
         case.driver.start();
         case.lay(chain);
         case.driver.offer(0);
