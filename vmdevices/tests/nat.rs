@@ -1,7 +1,7 @@
 //! The built-in NAT, seen by an independent stack (smoltcp) through its packets alone.
 #![cfg(test)]
 #![expect(unsafe_code, reason = "descriptors of the backend, limits of the process")]
-#![expect(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::panic, reason = "these are tests")]
+#![expect(clippy::cast_possible_truncation, reason = "these are tests")]
 
 #[path = "nat/guest.rs"]
 mod guest;
@@ -235,7 +235,7 @@ fn a_thousand_connections_are_open_at_once() {
 }
 
 /// Takes `len` bytes of noise from the host and gives them back, in one connection.
-fn bulk(len: usize, features: u64) {
+fn bulk(len: usize, features: u64, nat: Nat) {
     let data = std::sync::Arc::new(noise(1 << 20, 2));
     let (source, times) = (data.clone(), len >> 20);
     let port = serve(LOCALHOST, move |mut stream| {
@@ -249,7 +249,7 @@ fn bulk(len: usize, features: u64) {
         }
         stream.write_all(b"right").unwrap();
     });
-    let mut guest = Guest::with(nat(), features);
+    let mut guest = Guest::with(nat, features);
     let handle = guest.connected(gateway(port));
     let (mut received, mut sent) = (0, 0);
     let start = Instant::now();
@@ -295,14 +295,17 @@ fn bulk(len: usize, features: u64) {
 
 #[test]
 fn much_data_arrives_as_it_was() {
-    bulk(64 << 20, OFFLOADS);
-    bulk(8 << 20, 0);
+    bulk(64 << 20, OFFLOADS, nat());
+    bulk(8 << 20, 0, nat());
+    // As on hosts before Linux 6.9.
+    bulk(64 << 20, OFFLOADS, nat().without_peek_offset());
+    bulk(8 << 20, 0, nat().without_peek_offset());
 }
 
 #[test]
 #[ignore = "takes a minute"]
 fn a_gibibyte_arrives_as_it_was() {
-    bulk(1 << 30, OFFLOADS);
+    bulk(1 << 30, OFFLOADS, nat());
 }
 
 #[test]
@@ -592,16 +595,18 @@ fn after_a_restore_connections_are_reset_and_the_rest_is_there() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 12, max_shrink_iters: 0, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 8, max_shrink_iters: 0, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn what_is_lost_late_or_doubled_comes_all_the_same(
-        seed in 1_u64.., lost in 0_u8..12, doubled in 0_u8..40, late in 0_u8..40, offloads: bool
+        seed in 1_u64.., lost in 0_u8..5, doubled in 0_u8..20, late in 0_u8..6, offloads: bool, old: bool
     ) {
         let port = serve(LOCALHOST, echo);
-        let mut guest = Guest::with(nat(), if offloads { OFFLOADS } else { 0 });
-        let handle = guest.connected(gateway(port));
+        let nat = if old { nat().without_peek_offset() } else { nat() };
+        let mut guest = Guest::with(nat, if offloads { OFFLOADS } else { 0 });
+        // A small window: what is lost is waited for, by one timeout of smoltcp's for each.
+        let handle = guest.connect_with(gateway(port), 16 << 10);
         guest.wire.trouble = Some(Trouble { state: seed, lost, doubled, late });
-        let data = noise(150_000, seed);
+        let data = noise(40_000, seed);
         prop_assert!(guest.exchange(handle, &data) == data, "the data is another");
     }
 }

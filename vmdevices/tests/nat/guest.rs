@@ -26,7 +26,7 @@ pub const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfd76, 0x6d63, 0x6f72, 0, 0, 0, 0,
 /// Checksums and large packets, both ways: virtio-net features 0, 1, 7, 8, 11 and 12.
 pub const OFFLOADS: u64 = 0x1983;
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Where packets for and from the guest lie in its memory: each in two pieces that do not touch.
 const SENT: u64 = 0;

@@ -28,6 +28,8 @@ pub(super) struct Config {
     pub(super) most_flows: usize,
     pub(super) tcp_idle: Duration,
     pub(super) udp_idle: Duration,
+    /// Data behind what is in flight is looked at where the kernel can; for tests it cannot.
+    pub(super) peek_offset: bool,
     /// Bytes that all TCP flows together hold for slow receivers on the host's side.
     pub(super) most_held: usize,
 }
@@ -48,6 +50,7 @@ impl Default for Config {
             tcp_idle: Duration::from_secs(2 * 3600 + 4 * 60),
             // RFC 4787, REQ-5.
             udp_idle: Duration::from_secs(2 * 60),
+            peek_offset: true,
             most_held: 64 << 20,
         }
     }

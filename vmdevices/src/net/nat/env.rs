@@ -51,7 +51,6 @@ pub(super) enum Fate {
     Replace,
 }
 
-#[derive(Debug)]
 pub(super) struct Env {
     pub(super) config: Config,
     pub(super) shared: Arc<Shared>,

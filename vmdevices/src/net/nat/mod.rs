@@ -131,7 +131,6 @@ const EVENTS: usize = 64;
 ///
 /// What the guest may reach: all but the host itself, its link and special addresses, unless rules say
 /// otherwise; see [`Nat::allow`].
-#[derive(Debug)]
 pub struct Nat {
     env: Env,
     flows: Flows,
@@ -151,6 +150,17 @@ pub struct Nat {
     /// For ports of the gateway's that stand for somebody who came in.
     next_port: u16,
     looked: u32,
+}
+
+impl std::fmt::Debug for Nat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Nat")
+            .field("config", &self.env.config)
+            .field("shared", &self.env.shared)
+            .field("names", &self.names)
+            .field("flows", &self.flows)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Nat {

@@ -173,6 +173,13 @@ impl Nat {
         self
     }
 
+    /// Does without `SO_PEEK_OFF` on TCP, as hosts before Linux 6.9 do: for tests.
+    #[doc(hidden)]
+    pub fn without_peek_offset(mut self) -> Self {
+        self.env.config.peek_offset = false;
+        self
+    }
+
     /// After how long a flow ends in which nothing happens: TCP and UDP. 2 hours 4 minutes and 2 minutes
     /// unless said (RFC 5382, RFC 4787).
     pub fn idle(mut self, tcp: Duration, udp: Duration) -> Self {

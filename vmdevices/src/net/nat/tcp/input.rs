@@ -9,7 +9,7 @@ use rustix::net::{SendFlags, Shutdown};
 use super::super::env::{Env, Fate, Key, Payload};
 use super::super::sys;
 use super::segment::{ACK, FIN, RST, SYN, Segment, bare, distance};
-use super::{RETRY, State, Tcp, span};
+use super::{MOST_REPEATS, RETRY, State, Tcp, span};
 
 impl Tcp {
     /// The guest sent `segment` with `payload` behind it.
@@ -164,6 +164,9 @@ impl Tcp {
             return Ok(());
         }
         self.acknowledge = true;
+        if old < 0 {
+            self.repeats = (self.repeats + 1).min(MOST_REPEATS);
+        }
         let Some(old) = usize::try_from(old).ok().filter(|&old| old <= len && !self.guest_ended) else {
             return Ok(());
         };

@@ -52,6 +52,8 @@ const MOST_TRIES: u32 = 10;
 const MOST_SYNS: u32 = 6;
 /// How long the host may try to connect: a little more than Linux does.
 const CONNECTING: Duration = Duration::from_secs(150);
+/// Acknowledgements of the same at once: some more than it takes.
+const MOST_REPEATS: u8 = 8;
 /// How long a connection that is over answers to a last segment that was lost.
 const TIME_WAIT: Duration = Duration::from_secs(4);
 
@@ -105,6 +107,9 @@ pub(super) struct Tcp {
     /// The host's side has ended its data.
     host_ended: bool,
     acknowledge: bool,
+    /// As many acknowledgements once more: each segment out of order has one of its own, by which the
+    /// guest finds that one was lost (RFC 5681, section 3.2).
+    repeats: u8,
     syn: bool,
     /// The kernel can peek behind what is in flight.
     peeks: bool,
@@ -131,7 +136,7 @@ impl Tcp {
         if let Err(error) = rustix::net::sockopt::set_tcp_nodelay(&socket, true) {
             log::debug!("NAT: TCP_NODELAY: {error}");
         }
-        let peeks = sys::set_peek_offset(&socket, 0).is_ok();
+        let peeks = env.config.peek_offset && sys::set_peek_offset(&socket, 0).is_ok();
         // Of 64 random bits.
         let start = (env.random() >> 32) as u32;
         Self {
@@ -158,6 +163,7 @@ impl Tcp {
             readable: false,
             host_ended: false,
             acknowledge: false,
+            repeats: 0,
             syn: false,
             peeks,
             last: env.now,

@@ -60,7 +60,8 @@ impl Tcp {
             }
         }
         if self.acknowledge {
-            self.acknowledge = false;
+            self.repeats = self.repeats.saturating_sub(1);
+            self.acknowledge = self.repeats > 0;
             let window = self.offer(env);
             let packet = bare(env, key, (self.next, self.expected), ACK, window, &[]);
             return Output::Packet(deliver(&packet, into, spill));
@@ -74,7 +75,8 @@ impl Tcp {
         if distance(self.next, self.most) > 0 {
             self.most = self.next;
         }
-        self.acknowledge = false;
+        // What carries data repeats nothing.
+        self.acknowledge = self.repeats > 0;
         self.last = env.now;
         if self.retry.is_none() {
             self.retry = Some(env.now + self.timeout());
