@@ -1,6 +1,7 @@
 //! `vmrun`: vmcore's reference user. Runs a kernel in a virtual machine on this terminal.
 
 mod args;
+mod net;
 mod stats;
 
 use std::fs::File;
@@ -14,7 +15,7 @@ use vmcore::boot::{Boot, Linux, LinuxEntry, Multiboot, Pvh, Raw, RawMode};
 use vmcore::host::{Report, Status};
 use vmcore::{Accel, Deterministic, Outcome, Vm, VmBuilder};
 use vmdevices::console::{self, Callback, Console, Socket, Stdio};
-use vmdevices::{Disk, Net, Pc, Rng};
+use vmdevices::{Disk, Pc, Rng};
 
 use args::{AccelArg, Args, ConsoleArg, EntryArg, NetArg};
 use stats::Times;
@@ -37,6 +38,9 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, begin: Instant) -> Result<u8, Box<dyn std::error::Error>> {
+    if let NetArg::Card(card) = &args.net {
+        net::check(card)?;
+    }
     if log::set_logger(&StderrLog).is_err() {
         return Err("a logger is set already".into());
     }
@@ -142,8 +146,8 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
         let image = if disk.read_only { Disk::open_read_only(&disk.path) } else { Disk::open(&disk.path) };
         builder = builder.attach(image?);
     }
-    if let NetArg::Tap(name) = &args.net {
-        builder = builder.attach(Net::tap(name)?);
+    if let NetArg::Card(card) = &args.net {
+        builder = builder.attach(net::card(card)?);
     }
     if !args.disks.is_empty() {
         builder = builder.attach(Rng::new());
