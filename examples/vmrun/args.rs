@@ -41,8 +41,10 @@ pub struct Args {
     #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = disk)]
     pub disks: Vec<DiskArg>,
 
-    /// Network card: none, or tap=NAME
-    #[arg(long, value_name = "none|tap=NAME", default_value = "none", value_parser = net)]
+    /// Network card: on a tap, on an open descriptor of a tap or Unix socket, or on what listens at a Unix
+    /// socket (passt, QEMU). Options: mac=02:00:00:00:00:01, queues=N (of a tap), mtu=BYTES, pcap=FILE
+    /// (packets recorded), bps=RATE (bits per second in each direction: 100M). A comma of a name is doubled
+    #[arg(long, value_name = "none|tap=NAME|fd=N|unix=PATH[,OPTION...]", default_value = "none", value_parser = net)]
     pub net: NetArg,
 
     /// What disks and network card are behind: virtio-mmio, or virtio-pci
@@ -164,8 +166,44 @@ pub enum ConsoleArg {
 pub enum NetArg {
     /// No network card.
     None,
-    /// A card on this tap interface.
+    /// A card.
+    Card(CardArg),
+}
+
+/// A network card.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CardArg {
+    /// What it is connected to.
+    pub network: Network,
+    /// Its address, if not a random one.
+    pub mac: Option<[u8; 6]>,
+    /// Pairs of queues.
+    pub queues: u16,
+    /// The largest IP packet.
+    pub mtu: Option<u16>,
+    /// Where packets are recorded.
+    pub pcap: Option<PathBuf>,
+    /// Most bits per second of each direction.
+    pub bps: Option<NonZeroU64>,
+}
+
+/// What a network card is connected to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Network {
+    /// A tap interface of this name.
     Tap(String),
+    /// A tap or Unix socket that is open already.
+    Fd(i32),
+    /// A Unix stream socket that somebody listens on.
+    Unix(PathBuf),
+}
+
+/// The parts of `text` between single commas. A doubled one is one of the part's own.
+fn parts(text: &str) -> std::vec::IntoIter<String> {
+    /// Stands for a doubled comma while the text is split at the others: no path contains it.
+    const COMMA: &str = "\0";
+    let parts = text.replace(",,", COMMA).split(',').map(|part| part.replace(COMMA, ",")).collect::<Vec<_>>();
+    parts.into_iter()
 }
 
 /// `--vsock`.
@@ -177,22 +215,17 @@ pub struct VsockArg {
     pub path: PathBuf,
 }
 
-/// Stands for a doubled comma while a text is split at the others: no path contains it.
-const COMMA: &str = "\0";
-
 fn disk(text: &str) -> Result<DiskArg, String> {
-    let text = text.replace(",,", COMMA);
-    let mut parts = text.split(',');
-    let path = parts.next().unwrap_or_default().replace(COMMA, ",");
+    let mut parts = parts(text);
+    let path = parts.next().unwrap_or_default();
     if path.is_empty() {
         return Err("give the path of an image".into());
     }
     let mut read_only = false;
     for option in parts {
-        match option {
+        match option.as_str() {
             "ro" => read_only = true,
             other => {
-                let other = other.replace(COMMA, ",");
                 return Err(format!("no option {other:?}; known is: ro. A comma of the name is doubled"));
             }
         }
@@ -215,24 +248,71 @@ fn console(text: &str) -> Result<ConsoleArg, String> {
 }
 
 fn net(text: &str) -> Result<NetArg, String> {
-    match text.split_once('=') {
-        None if text == "none" => Ok(NetArg::None),
-        Some(("tap", name)) if !name.is_empty() => Ok(NetArg::Tap(name.into())),
-        _ => Err("valid are: none, tap=NAME".into()),
+    const KINDS: &str = "valid are: none, tap=NAME, fd=N, unix=PATH";
+    let mut parts = parts(text);
+    let kind = parts.next().unwrap_or_default();
+    let network = match kind.split_once('=') {
+        None if kind == "none" && parts.len() == 0 => return Ok(NetArg::None),
+        Some((_, "")) | None => return Err(KINDS.into()),
+        Some(("tap", name)) => Network::Tap(name.into()),
+        Some(("unix", path)) => Network::Unix(path.into()),
+        Some(("fd", number)) => {
+            let number = number.parse().ok().filter(|&fd| fd > 2);
+            Network::Fd(number.ok_or("give the number of an open descriptor, 3 or more: fd=3")?)
+        }
+        _ => return Err(KINDS.into()),
+    };
+    let mut card = CardArg { network, mac: None, queues: 1, mtu: None, pcap: None, bps: None };
+    for option in parts {
+        let invalid = |fix: &str| format!("{option:?}: {fix}");
+        match option.split_once('=').unwrap_or_default() {
+            ("mac", text) => card.mac = Some(mac(text).ok_or(invalid("give six bytes: 02:00:00:00:00:01"))?),
+            ("queues", text) => {
+                let queues = text.parse().ok().filter(|queues| (1..=256).contains(queues));
+                card.queues = queues.ok_or(invalid("give 1 to 256 queues"))?;
+            }
+            ("mtu", text) => card.mtu = Some(text.parse().map_err(|_| invalid("give 68 to 65535 bytes"))?),
+            ("pcap", path) if !path.is_empty() => card.pcap = Some(path.into()),
+            ("bps", text) => card.bps = Some(bits(text).ok_or(invalid("give bits per second: 100M"))?),
+            _ => {
+                return Err(format!(
+                    "no option {option:?}; known are: mac=, queues=, mtu=, pcap=, bps=. A comma of a name is doubled"
+                ));
+            }
+        }
     }
+    if card.queues > 1 && !matches!(card.network, Network::Tap(_)) {
+        return Err("several queues are a tap's: tap=NAME,queues=N".into());
+    }
+    Ok(NetArg::Card(card))
+}
+
+fn mac(text: &str) -> Option<[u8; 6]> {
+    let bytes = text.split(':').map(|byte| u8::from_str_radix(byte, 16).ok().filter(|_| byte.len() == 2));
+    bytes.collect::<Option<Vec<_>>>()?.try_into().ok()
+}
+
+/// Bits per second, with a decimal unit: as speeds of networks are given.
+fn bits(text: &str) -> Option<NonZeroU64> {
+    let (digits, unit) = match text.as_bytes().last()? {
+        b'K' | b'k' => (&text[..text.len() - 1], 1_000),
+        b'M' | b'm' => (&text[..text.len() - 1], 1_000_000),
+        b'G' | b'g' => (&text[..text.len() - 1], 1_000_000_000),
+        _ => (text, 1),
+    };
+    NonZeroU64::new(digits.parse::<u64>().ok()?.checked_mul(unit)?)
 }
 
 fn vsock(text: &str) -> Result<VsockArg, String> {
-    let text = text.replace(",,", COMMA);
     let (mut cid, mut path) = (None, None);
-    for option in text.split(',') {
+    for option in parts(text) {
         match option.split_once('=') {
             Some(("cid", number)) => {
                 let parsed = number.parse().ok().filter(|cid| (3..u32::MAX).contains(cid));
                 cid = Some(parsed.ok_or_else(|| format!("{number:?} is no CID: give 3 to 4294967294"))?);
             }
-            Some(("path", name)) if !name.is_empty() => path = Some(name.replace(COMMA, ",").into()),
-            _ => return Err(format!("no option {:?}; known are: cid, path", option.replace(COMMA, ","))),
+            Some(("path", name)) if !name.is_empty() => path = Some(name.into()),
+            _ => return Err(format!("no option {option:?}; known are: cid, path")),
         }
     }
     match (cid, path) {
@@ -322,6 +402,38 @@ mod tests {
     }
 
     #[test]
+    fn cards_are_on_taps_descriptors_and_sockets() {
+        let card = |text| match parse(&["--net", text]).unwrap().net {
+            NetArg::Card(card) => card,
+            NetArg::None => panic!("{text}"),
+        };
+        let plain = |network| CardArg { network, mac: None, queues: 1, mtu: None, pcap: None, bps: None };
+        assert_eq!(card("tap=vm0"), plain(Network::Tap("vm0".into())));
+        assert_eq!(card("fd=3"), plain(Network::Fd(3)));
+        assert_eq!(card("unix=/run/a,,b"), plain(Network::Unix("/run/a,b".into())));
+        let all = card("tap=vm0,mac=02:00:00:00:0a:ff,queues=4,mtu=9000,pcap=a,,b=c.pcap,bps=100M");
+        assert_eq!((all.mac, all.queues, all.mtu), (Some([2, 0, 0, 0, 10, 255]), 4, Some(9000)));
+        assert_eq!((all.pcap, all.bps), (Some("a,b=c.pcap".into()), NonZeroU64::new(100_000_000)));
+        for (bad, words) in [
+            ("none,mtu=1500", "tap=NAME"),
+            ("fd=2", "3 or more"),
+            ("fd=x", "3 or more"),
+            ("tap=a,mac=02:00:00:00:00", "six bytes"),
+            ("tap=a,mac=2:0:0:0:0:1", "six bytes"),
+            ("tap=a,queues=0", "1 to 256"),
+            ("tap=a,mtu=70000", "68 to 65535"),
+            ("tap=a,pcap=", "known are"),
+            ("tap=a,bps=0", "100M"),
+            ("tap=a,bps=99999999999G", "100M"),
+            ("tap=a,speed=1", "known are"),
+            ("tap=a,mac", "known are"),
+            ("unix=a,queues=2", "a tap's"),
+        ] {
+            refused(&["--net", bad], &[words]);
+        }
+    }
+
+    #[test]
     fn consoles_are_terminals_files_and_sockets() {
         let console = |text| parse(&["--console", text]).unwrap().console;
         assert_eq!(console("stdio"), ConsoleArg::Stdio);
@@ -355,7 +467,6 @@ mod tests {
     fn other_values_are_refused_with_what_would_do() {
         assert_eq!(parse(&["--cpu", "v3"]).unwrap().cpu, CpuModel::V3);
         refused(&["--cpu", "v9"], &["best, v1, v2, v3, v4 and host"]);
-        assert_eq!(parse(&["--net", "tap=vm0"]).unwrap().net, NetArg::Tap("vm0".into()));
         refused(&["--net", "tap="], &["none, tap=NAME"]);
         refused(&["--net", "bridge"], &["none, tap=NAME"]);
         assert_eq!(parse(&["--timeout", "0.5"]).unwrap().timeout, Some(Duration::from_millis(500)));

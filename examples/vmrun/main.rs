@@ -1,6 +1,7 @@
 //! `vmrun`: vmcore's reference user. Runs a kernel in a virtual machine on this terminal.
 
 mod args;
+mod net;
 mod stats;
 
 use std::fs::File;
@@ -15,7 +16,7 @@ use vmcore::host::{Report, Status};
 use vmcore::{Accel, Deterministic, Outcome, Vm, VmBuilder};
 use vmdevices::console::{self, Callback, Console, Socket, Stdio};
 use vmdevices::virtio::{self, VirtioDevice};
-use vmdevices::{Disk, Net, Pc, Rng, Vsock};
+use vmdevices::{Disk, Pc, Rng, Vsock};
 
 use args::{AccelArg, Args, ConsoleArg, EntryArg, NetArg, TransportArg};
 use stats::Times;
@@ -38,6 +39,9 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, begin: Instant) -> Result<u8, Box<dyn std::error::Error>> {
+    if let NetArg::Card(card) = &args.net {
+        net::check(card)?;
+    }
     if log::set_logger(&StderrLog).is_err() {
         return Err("a logger is set already".into());
     }
@@ -143,8 +147,8 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
         let image = if disk.read_only { Disk::open_read_only(&disk.path) } else { Disk::open(&disk.path) };
         builder = attach(builder, image?, args.transport);
     }
-    if let NetArg::Tap(name) = &args.net {
-        builder = attach(builder, Net::tap(name)?, args.transport);
+    if let NetArg::Card(card) = &args.net {
+        builder = attach(builder, net::card(card)?, args.transport);
     }
     if let Some(vsock) = &args.vsock {
         builder = builder.attach(Vsock::new(vsock.cid)?.socket(&vsock.path)?);

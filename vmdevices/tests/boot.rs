@@ -4,6 +4,7 @@
 //! and failed where `VMCORE_REQUIRE_BOOT` says that a skip is one.
 #![expect(clippy::unwrap_used, clippy::panic, clippy::print_stdout, reason = "these are tests")]
 
+mod cards;
 mod devices;
 mod network;
 mod other;

@@ -5,13 +5,17 @@
 mod driver;
 mod network;
 
+use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
 use driver::Machine;
 use network::{ip, namespace};
 use virtio_drivers::device::net::VirtIONet;
-use vmdevices::net::{Tap, TapError};
+use vmcore::EventSet;
+use vmdevices::buffers::Buffers;
+use vmdevices::net::{MOST_PACKET, NetBackend, Tap, TapError};
 use vmdevices::virtio::Net;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
 const GUEST: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
@@ -22,8 +26,9 @@ fn the_host_answers_the_guest() {
     }
     for machine in Machine::both() {
         let tap = Tap::open("vmtap%d").unwrap();
-        assert_eq!(tap.name(), "vmtap0");
-        assert!(ip("addr add 192.0.2.1/24 dev vmtap0") && ip("link set vmtap0 up"));
+        let name = tap.name().to_owned();
+        assert!(name.starts_with("vmtap") && name != "vmtap%d", "{name}");
+        assert!(ip(&format!("addr add 192.0.2.1/24 dev {name}")) && ip(&format!("link set {name} up")));
         let transport = machine.device(Net::new(tap).unwrap().mac(GUEST).unwrap());
         let mut driver = VirtIONet::<driver::Memory, _, 16>::new(transport.clone(), 2048).unwrap();
 
@@ -60,6 +65,70 @@ fn the_host_answers_the_guest() {
     }
 }
 
+/// Packets come by the queues that are in use, and those that were not tell when they are again.
+#[test]
+fn queues_are_used_as_the_driver_says() {
+    if !namespace() {
+        return;
+    }
+    let mut taps = Tap::open_queues("vmtapq%d", 3).unwrap();
+    let name = taps[0].name().to_owned();
+    assert!(taps.iter().all(|tap| tap.name() == name));
+    assert!(ip(&format!("addr add 192.0.2.1/24 dev {name}")) && ip(&format!("link set {name} up")));
+    assert!(ip(&format!("neigh add 192.0.2.2 lladdr 02:00:00:00:00:02 dev {name}")));
+    let socket = UdpSocket::bind("192.0.2.1:0").unwrap();
+    let epolls: Vec<_> = taps
+        .iter()
+        .map(|tap| {
+            let (epoll, source) = (Epoll::new().unwrap(), tap.source().unwrap());
+            let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+            epoll.ctl(ControlOperation::Add, source.as_raw_fd(), event).unwrap();
+            epoll
+        })
+        .collect();
+    // Which queues a hundred flows came by, and that each told.
+    let flows = |taps: &mut [Tap]| {
+        let drain = |tap: &mut Tap| {
+            let mut packet = vec![0; MOST_PACKET];
+            std::iter::from_fn(|| tap.receive(&mut Buffers::default(), &mut packet).ok()).count()
+        };
+        taps.iter_mut().for_each(|tap| assert!(drain(tap) < 1000));
+        epolls.iter().for_each(|epoll| drop(epoll.wait(0, &mut [EpollEvent::default()])));
+        for port in 1000..1100 {
+            socket.send_to(b"to the guest", ("192.0.2.2", port)).unwrap();
+        }
+        let told = |epoll: &Epoll| epoll.wait(0, &mut [EpollEvent::default()]).unwrap() > 0;
+        let counts = taps.iter_mut().zip(&epolls).map(|(tap, epoll)| (told(epoll), drain(tap) > 0));
+        counts.collect::<Vec<_>>()
+    };
+    let (yes, no) = ((true, true), (false, false));
+    assert_eq!(flows(&mut taps), [yes, yes, yes]);
+    for (enabled, expected) in [([false, false], [yes, no, no]), ([true, false], [yes, yes, no])] {
+        for (tap, enabled) in taps[1..].iter_mut().zip(enabled) {
+            tap.set_enabled(enabled).unwrap();
+            tap.set_enabled(enabled).unwrap();
+        }
+        assert_eq!(flows(&mut taps)[..2], expected[..2]);
+        assert!(!flows(&mut taps)[2].1);
+    }
+    // Who begins to wait for a queue while it is not in use is told too.
+    let (epoll, source) = (Epoll::new().unwrap(), taps[2].source().unwrap());
+    let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+    epoll.ctl(ControlOperation::Add, source.as_raw_fd(), event).unwrap();
+    taps[2].set_enabled(true).unwrap();
+    assert_eq!(flows(&mut taps)[2], yes);
+    assert_eq!(epoll.wait(0, &mut [EpollEvent::default()]).unwrap(), 0, "all was taken");
+    for port in 1000..1100 {
+        socket.send_to(b"to the guest", ("192.0.2.2", port)).unwrap();
+    }
+    assert_eq!(epoll.wait(0, &mut [EpollEvent::default()]).unwrap(), 1);
+
+    let text = Tap::open(&name).unwrap_err().to_string();
+    assert!(text.contains("multi_queue"), "{text}");
+    let text = Tap::open_queues("vmtapn", 0).unwrap_err().to_string();
+    assert!(text.contains("1 to 256"), "{text}");
+}
+
 #[test]
 fn errors_say_what_to_do() {
     if !namespace() {
@@ -77,6 +146,8 @@ fn errors_say_what_to_do() {
         match Tap::open("vmtap8").unwrap_err() {
             error @ TapError::Permission { .. } => {
                 assert!(error.to_string().contains("CAP_NET_ADMIN"), "{error}");
+                let text = Tap::open_queues("vmtap8", 2).unwrap_err().to_string();
+                assert!(text.contains("mode tap vnet_hdr multi_queue"), "{text}");
             }
             // The node of the driver itself is closed to others.
             TapError::Driver { .. } => {}

@@ -18,7 +18,7 @@ use virtio_drivers::device::console::{Size, VirtIOConsole};
 use virtio_drivers::device::net::VirtIONet;
 use virtio_drivers::device::rng::VirtIORng;
 use vmdevices::buffers::Buffers;
-use vmdevices::net::{HEADER, NetBackend};
+use vmdevices::net::{self, HEADER, NetBackend};
 use vmdevices::virtio::{Disk, Net, Rng, VirtioConsole};
 use vmdevices::{console, console::Console};
 
@@ -256,5 +256,44 @@ fn packets_go_both_ways_and_wait_for_buffers() {
             }
         }
         assert!(transport.interrupts() > 0);
+    }
+}
+
+/// Two cards on one cable, each with a driver; one of them is recorded and limited.
+#[test]
+fn cards_of_one_process_talk_to_each_other() {
+    for machine in Machine::both() {
+        let (one, other) = net::pair().unwrap();
+        let rate = |n: u64| net::Rate { per_second: n.try_into().unwrap(), burst: n.try_into().unwrap() };
+        let rates = net::Rates { packets: Some(rate(1_000_000)), bytes: Some(rate(1_000_000_000)) };
+        let capture = net::Capture::to(io::sink(), 100).unwrap();
+        let one = net::Limiter::new(rates, rates).limit(capture.record(one)).unwrap();
+        let (one, other) = (Net::new(one).unwrap(), Net::new(other).unwrap());
+        let handles = [one.handle(), other.handle()];
+        let transports = [machine.device(one), machine.device(other)];
+        let mut drivers = transports
+            .clone()
+            .map(|transport| VirtIONet::<driver::Memory, _, 16>::new(transport, 2048).unwrap());
+        for round in 0..100_u8 {
+            for from in [0, 1] {
+                let mut out = drivers[from].new_tx_buffer(60 + usize::from(round) * 10);
+                out.packet_mut().fill(round);
+                out.packet_mut()[..12].copy_from_slice(&[[0xff; 6], drivers[from].mac_address()].concat());
+                let sent = out.packet().to_vec();
+                drivers[from].send(out).unwrap();
+                let (driver, transport) = (&mut drivers[1 - from], &transports[1 - from]);
+                let buffer = eventually(|| {
+                    transport.poll();
+                    driver.can_recv().then(|| driver.receive().unwrap())
+                });
+                assert_eq!(buffer.packet(), sent);
+                driver.recycle_rx_buffer(buffer).unwrap();
+            }
+        }
+        for handle in handles {
+            let counters = handle.counters();
+            assert_eq!((counters.sent_packets, counters.received_packets), (100, 100), "{counters:?}");
+            assert_eq!(counters.sent_bytes, (0..100).map(|round| 60 + round * 10).sum::<u64>());
+        }
     }
 }

@@ -13,8 +13,11 @@ mod tap;
 mod wait;
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+
+use rustix::net::{AddressFamily, SocketType};
+use vmcore::{Error, Result};
 
 use crate::buffers::Buffers;
 
@@ -116,6 +119,32 @@ pub trait NetBackend: Send {
     }
 }
 
+/// The network behind a descriptor that somebody else opened: a tap ([`Tap::from_fd`]), or a connected
+/// Unix socket ([`Stream::new`], [`Datagram::new`]).
+///
+/// # Errors
+/// [`Error::Config`] where it is neither, and those of the functions above.
+pub fn from_fd(fd: OwnedFd) -> Result<Box<dyn NetBackend>> {
+    let neither = |what: String| Error::Config {
+        what: "descriptor of a network",
+        value: format!("{} ({what})", fd.as_raw_fd()),
+        fix: "give one of a tap, or of a connected Unix stream or datagram socket".into(),
+    };
+    let status = rustix::fs::fstat(&fd).map_err(|error| neither(error.to_string()))?;
+    if rustix::fs::FileType::from_raw_mode(status.st_mode) != rustix::fs::FileType::Socket {
+        return Ok(Box::new(Tap::from_fd(fd)?));
+    }
+    let socket = |what: &str| neither(format!("{what} socket"));
+    if rustix::net::sockopt::socket_domain(&fd) != Ok(AddressFamily::UNIX) {
+        return Err(socket("not a Unix"));
+    }
+    match rustix::net::sockopt::socket_type(&fd) {
+        Ok(SocketType::STREAM) => Ok(Box::new(Stream::new(fd.into())?)),
+        Ok(SocketType::DGRAM) => Ok(Box::new(Datagram::new(fd.into())?)),
+        _ => Err(socket("neither a stream nor a datagram")),
+    }
+}
+
 /// The methods of a wrapper that has nothing to add to them.
 macro_rules! forward {
     ($self:ident => $backend:expr) => {
@@ -171,6 +200,24 @@ mod tests {
     use super::*;
     use crate::buffers::tests::buffers;
     use vmcore::{GuestAddress, GuestMemory, MemoryRegion};
+
+    #[test]
+    fn descriptors_are_what_they_are() {
+        use std::os::unix::net::{UnixDatagram, UnixStream};
+        let (a, b) = UnixStream::pair().unwrap();
+        let (mut a, mut b) = (from_fd(a.into()).unwrap(), Stream::new(b).unwrap());
+        send(&mut a, &frame(60, 1)).unwrap();
+        assert_eq!(receive(&mut b), Some(frame(60, 1)));
+        let (a, b) = UnixDatagram::pair().unwrap();
+        let (mut a, mut b) = (from_fd(a.into()).unwrap(), Datagram::new(b).unwrap());
+        send(&mut a, &frame(60, 2)).unwrap();
+        assert_eq!(receive(&mut b), Some(frame(60, 2)));
+        let error = |fd| from_fd(fd).err().unwrap().to_string();
+        let text = error(std::net::UdpSocket::bind("127.0.0.1:0").unwrap().into());
+        assert!(text.contains("Unix stream"), "{text}");
+        let text = error(tempfile::tempfile().unwrap().into());
+        assert!(text.contains("no tap"), "{text}");
+    }
 
     /// A frame of `len` bytes for everybody.
     pub(super) fn frame(len: usize, byte: u8) -> Vec<u8> {

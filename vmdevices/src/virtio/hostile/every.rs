@@ -50,7 +50,8 @@ impl Case {
     }
 
     fn every(threading: &Threading) -> impl Iterator<Item = Self> {
-        let names = ["disk", "rng", "console input", "console output", "packets in", "packets out", "vsock out"];
+        let names =
+            ["disk", "rng", "console input", "console output", "packets in", "packets out", "vsock out"];
         let each = names.map(|name| [Behind::Mmio, Behind::Pci].map(|behind| (name, behind)));
         each.into_iter().flatten().map(|(name, behind)| Self::new(name, behind, threading))
     }

@@ -1,0 +1,84 @@
+//! The network card that the command line asks for.
+
+use std::num::NonZeroU64;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::path::Path;
+
+use vmcore::{Error, Result};
+use vmdevices::Net;
+use vmdevices::net::{self, Capture, Limiter, NetBackend, Rate, Rates, Stream, Tap};
+
+use crate::args::{CardArg, Network};
+
+/// What a limited card may move at once: a twentieth of a second, and a few packets at least.
+const BURSTS: u64 = 20;
+const LEAST_BURST: u64 = 100_000;
+
+/// Says whether the descriptor that `arg` names is there. To be called before anything is opened, which
+/// might get its number.
+pub fn check(arg: &CardArg) -> Result<()> {
+    match arg.network {
+        Network::Fd(number) if Path::new(&format!("/proc/self/fd/{number}")).symlink_metadata().is_err() => {
+            Err(Error::Config {
+                what: "descriptor of a network",
+                value: number.to_string(),
+                fix: "start vmrun with it open".into(),
+            })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The card that `arg` describes, once; it was [checked](check).
+pub fn card(arg: &CardArg) -> Result<Net> {
+    let mut queues = match &arg.network {
+        Network::Tap(name) => boxed(Tap::open_queues(name, arg.queues)?),
+        Network::Unix(path) => boxed([Stream::connect(path)?]),
+        Network::Fd(number) => vec![net::from_fd(descriptor(*number))?],
+    };
+    if let Some(bps) = arg.bps {
+        let limiter = limiter(bps);
+        let limited = queues.into_iter().map(|queue| limiter.limit(queue).map(|queue| Box::new(queue) as _));
+        queues = limited.collect::<Result<_>>()?;
+    }
+    // Outermost: what the guest sent and got, and not what waits.
+    if let Some(path) = &arg.pcap {
+        let capture = capture(path)?;
+        queues = boxed(queues.into_iter().map(|queue| capture.record(queue)));
+    }
+    let mut card = Net::multiqueue(queues)?;
+    if let Some(mac) = arg.mac {
+        card = card.mac(mac)?;
+    }
+    if let Some(mtu) = arg.mtu {
+        card = card.mtu(mtu)?;
+    }
+    Ok(card)
+}
+
+fn boxed<B: NetBackend + 'static>(queues: impl IntoIterator<Item = B>) -> Vec<Box<dyn NetBackend>> {
+    queues.into_iter().map(|queue| Box::new(queue) as Box<dyn NetBackend>).collect()
+}
+
+fn limiter(bps: NonZeroU64) -> Limiter {
+    let bytes = bps.get().div_ceil(8);
+    let at_least_one = |count| NonZeroU64::new(count).unwrap_or(NonZeroU64::MIN);
+    let rate =
+        Rate { per_second: at_least_one(bytes), burst: at_least_one((bytes / BURSTS).max(LEAST_BURST)) };
+    let rates = Rates { bytes: Some(rate), packets: None };
+    Limiter::new(rates, rates)
+}
+
+fn capture(path: &Path) -> Result<Capture> {
+    Capture::create(path, Capture::WHOLE).map_err(|error| Error::os("create", path.display(), error))
+}
+
+/// A descriptor that this program was started with.
+fn descriptor(number: i32) -> OwnedFd {
+    #[expect(unsafe_code, reason = "a number on the command line is all there is of it")]
+    // SAFETY: it was open before this program opened anything (see `check`) and is above standard
+    // input, output and errors, so that nothing else here owns it; the card is made once.
+    unsafe {
+        OwnedFd::from_raw_fd(number)
+    }
+}
