@@ -1,5 +1,11 @@
 //! Images of every format against a model, and what `qemu-img` says of them afterwards.
-#![expect(clippy::unwrap_used, clippy::print_stdout, clippy::cast_possible_truncation, reason = "tests")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::cast_possible_truncation,
+    reason = "tests"
+)]
 
 #[path = "images/mod.rs"]
 mod tool;
@@ -357,4 +363,128 @@ fn damaged_images_do_no_harm() {
     }
     assert!(opened > 20, "{opened}");
     assert_eq!(failed, 0, "panics in {opened} images");
+}
+
+/// A disk with something in it, with holes, and its image in `format`.
+fn converted(directory: &Path, name: &str, format: &str, options: &str) -> (std::path::PathBuf, Vec<u8>) {
+    let mut model = pattern(5 << 20);
+    model[0x1_2000..0x20_0000].fill(0);
+    model.truncate(model.len() - 1024);
+    let raw = directory.join("source");
+    std::fs::write(&raw, &model).unwrap();
+    let path = directory.join(name);
+    assert!(qemu_img(&format!("convert -f raw -O {format} {options} {} {}", raw.display(), path.display())));
+    (path, model)
+}
+
+#[test]
+fn images_of_other_formats_are_read() {
+    let Some(directory) = tool::directory() else { return };
+    let directory = directory.path();
+    for (n, (format, options)) in [
+        (Format::Vdi, ""),
+        (Format::Vdi, "-o static=on"),
+        (Format::Vmdk, ""),
+        (Format::Vmdk, "-o subformat=streamOptimized"),
+        (Format::Vmdk, "-o zeroed_grain=on"),
+        (Format::Vhdx, ""),
+        (Format::Vhdx, "-o subformat=fixed"),
+        (Format::Vhdx, "-o block_size=2M"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        println!("{format} {options}");
+        let (path, mut model) = converted(directory, &format!("{n}"), format.name(), options);
+        let image = Image::probe(&path, true).unwrap();
+        assert_eq!(image.format(), format);
+        let disk = image.clone().open().unwrap();
+        // Some formats know only whole tracks or megabytes.
+        assert!(disk.read_only() && (disk.len() as usize) >= model.len(), "{}", disk.len());
+        model.resize(disk.len() as usize, 0);
+        let mut disk = Modelled::new(disk, model);
+        disk.same();
+        for _ in 0..100 {
+            let (at, len) = disk.range();
+            assert!(disk.read(at, len) == disk.model[at..at + len], "{at:#x} {len:#x}");
+        }
+        assert!(disk.disk.write_zeroes(0, 512, false).is_err());
+        let writable = Image::new(&path, format).open().err().unwrap().to_string();
+        assert!(writable.contains("read-only"), "{writable}");
+        // Others read too, and nobody writes.
+        image.open().unwrap();
+    }
+}
+
+#[test]
+fn vmdk_extents_are_opened_where_the_caller_names_them() {
+    let Some(directory) = tool::directory() else { return };
+    let directory = directory.path();
+    for (name, kind) in [("sparse", "twoGbMaxExtentSparse"), ("flat", "monolithicFlat")] {
+        let (path, model) =
+            converted(directory, &format!("{name}.vmdk"), "vmdk", &format!("-o subformat={kind}"));
+        let image = Image::vmdk(&path).read_only();
+        let error = image.clone().open().err().unwrap();
+        let DiskError::Extent { named, .. } = &error else { panic!("{error}") };
+        assert!(error.to_string().contains("Image::extent"), "{error}");
+        let disk = image.extent(directory.join(named)).open().unwrap();
+        Modelled::new(disk, model).same();
+    }
+    // A name in an image leads nowhere by itself.
+    let path = directory.join("nosy.vmdk");
+    let text = "# Disk DescriptorFile\nversion=1\nRW 1 FLAT \"/etc/passwd\" 0\n";
+    std::fs::write(&path, text).unwrap();
+    let image = Image::vmdk(&path).read_only().extent(directory.join("sparse.vmdk"));
+    assert!(matches!(image.open(), Err(DiskError::Extent { .. })));
+}
+
+/// Real images with any bytes changed are opened or refused, read or not; nothing else happens.
+#[test]
+fn damaged_images_of_other_formats_do_no_harm() {
+    let Some(directory) = tool::directory() else { return };
+    let directory = directory.path();
+    let mut random = Random(5);
+    for (format, options, tables) in [
+        (Format::Vdi, "", 0x1000),
+        (Format::Vmdk, "", 0x3_0000),
+        (Format::Vmdk, "-o subformat=streamOptimized", 0x3_0000),
+        (Format::Vhdx, "", 0x50_0000),
+    ] {
+        let (path, _) = converted(directory, "good", format.name(), options);
+        let good = std::fs::read(&path).unwrap();
+        let damaged = directory.join("damaged");
+        let (mut opened, mut refused) = (0, 0);
+        for round in 0..60 {
+            let mut bytes = good.clone();
+            for _ in 0..1 + random.below(6) {
+                let end = [600, tables.min(bytes.len()), bytes.len()][random.below(3)];
+                let at = random.below(end);
+                bytes[at] = [random.below(256) as u8, 0xff][random.below(2)];
+            }
+            if round % 5 == 0 {
+                bytes.truncate(random.below(bytes.len()));
+            }
+            std::fs::write(&damaged, &bytes).unwrap();
+            let Ok(disk) = Image::new(&damaged, format).read_only().open() else {
+                refused += 1;
+                continue;
+            };
+            opened += 1;
+            let memory = GuestMemory::new();
+            memory.insert(MemoryRegion::anonymous(GuestAddress(0), 1 << 16).unwrap().into()).unwrap();
+            let map = memory.snapshot();
+            for n in 0..90 {
+                let at = if n < 80 { n << 16 } else { random.below(1 << 40) as u64 };
+                let Some(len) = disk.len().checked_sub(at).map(|len| len.min(1 << 16) & !511) else {
+                    continue;
+                };
+                let mut buffers = Buffers::default();
+                let slices = map.get_slices(GuestAddress(0), len as usize, Permissions::Write).unwrap();
+                slices.for_each(|slice| buffers.push(slice.unwrap()));
+                let _ = disk.read_at(&mut buffers, at);
+            }
+        }
+        println!("{format} {options}: {opened} opened, {refused} refused");
+        assert!(opened > 5 && refused > 2, "{format} {options}: {opened} {refused}");
+    }
 }

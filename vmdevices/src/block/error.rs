@@ -69,6 +69,18 @@ pub enum DiskError {
         /// The name in it.
         named: String,
     },
+    /// The image is made of several files, of which the caller did not name this one.
+    #[error(
+        "disk image {path} is partly in {named:?}, which is not opened on the image's word; give it by \
+         Image::extent",
+        path = .path.display()
+    )]
+    Extent {
+        /// The image.
+        path: PathBuf,
+        /// The name in it.
+        named: String,
+    },
     /// What may be a raw image, and is to be written.
     #[error(
         "disk image {path} is of no known format; if it is raw, say so (Image::raw, or format=raw): whoever \

@@ -8,7 +8,12 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use super::error::open_error;
-use super::{BlockBackend, DiskError, RawFile, RawOptions, qcow2};
+use super::mapped::MappedDisk;
+use super::raw::open_image;
+use super::vdi::Vdi;
+use super::vhdx::Vhdx;
+use super::vmdk::Vmdk;
+use super::{BlockBackend, DiskError, RawFile, RawOptions, SECTOR, qcow2, vhdx, vmdk};
 
 /// How an image keeps a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,24 +23,36 @@ pub enum Format {
     Raw,
     /// QEMU's, with backing files and compressed clusters; read and written.
     Qcow2,
+    /// VMware's, sparse, compressed or of several extents; read.
+    Vmdk,
+    /// Hyper-V's; read.
+    Vhdx,
+    /// VirtualBox'; read.
+    Vdi,
 }
 
 impl Format {
-    const ALL: [Self; 2] = [Self::Raw, Self::Qcow2];
+    const ALL: [Self; 5] = [Self::Raw, Self::Qcow2, Self::Vmdk, Self::Vhdx, Self::Vdi];
 
     /// Its usual name, as `qemu-img` takes it.
     pub fn name(self) -> &'static str {
         match self {
             Format::Raw => "raw",
             Format::Qcow2 => "qcow2",
+            Format::Vmdk => "vmdk",
+            Format::Vhdx => "vhdx",
+            Format::Vdi => "vdi",
         }
     }
 
-    /// What an image of it begins with.
-    fn magic(self) -> &'static [&'static [u8]] {
+    /// What an image of it has at this offset.
+    fn magic(self) -> &'static [(usize, &'static [u8])] {
         match self {
             Format::Raw => &[],
-            Format::Qcow2 => &[b"QFI\xfb"],
+            Format::Qcow2 => &[(0, b"QFI\xfb")],
+            Format::Vmdk => &[(0, vmdk::SPARSE_MAGIC), (0, vmdk::DESCRIPTOR_MAGIC)],
+            Format::Vhdx => &[(0, vhdx::MAGIC)],
+            Format::Vdi => &[(0x40, b"\x7f\x10\xda\xbe")],
         }
     }
 }
@@ -76,12 +93,13 @@ pub struct Image {
     pub(super) format: Format,
     pub(super) options: RawOptions,
     pub(super) backing: Option<Box<Image>>,
+    pub(super) extents: Vec<PathBuf>,
 }
 
 impl Image {
     /// The image at `path`, which is of `format`.
     pub fn new(path: impl Into<PathBuf>, format: Format) -> Self {
-        Self { path: path.into(), format, options: RawOptions::default(), backing: None }
+        Self { path: path.into(), format, options: RawOptions::default(), backing: None, extents: Vec::new() }
     }
 
     /// A raw image.
@@ -92,6 +110,21 @@ impl Image {
     /// A qcow2 image.
     pub fn qcow2(path: impl Into<PathBuf>) -> Self {
         Self::new(path, Format::Qcow2)
+    }
+
+    /// A VMDK image.
+    pub fn vmdk(path: impl Into<PathBuf>) -> Self {
+        Self::new(path, Format::Vmdk)
+    }
+
+    /// A VHDX image.
+    pub fn vhdx(path: impl Into<PathBuf>) -> Self {
+        Self::new(path, Format::Vhdx)
+    }
+
+    /// A VDI image.
+    pub fn vdi(path: impl Into<PathBuf>) -> Self {
+        Self::new(path, Format::Vdi)
     }
 
     /// The image at `path`, whose format is found out by what it begins with. An image that begins with
@@ -135,6 +168,13 @@ impl Image {
         self
     }
 
+    /// A file that a VMDK descriptor may name as one of its extents: by its name, whatever directory the
+    /// descriptor says.
+    pub fn extent(mut self, path: impl Into<PathBuf>) -> Self {
+        self.extents.push(path.into());
+        self
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
@@ -157,7 +197,30 @@ impl Image {
                 Ok(Arc::new(RawFile::open_with(self.path, self.options)?))
             }
             Format::Qcow2 => Ok(Arc::new(qcow2::Qcow2Disk::open(self)?)),
+            Format::Vmdk | Format::Vhdx | Format::Vdi => self.open_mapped(),
         }
+    }
+
+    /// Of a format that is read only.
+    fn open_mapped(self) -> Result<Arc<dyn BlockBackend>, DiskError> {
+        self.refuse_backing()?;
+        if !self.options.read_only {
+            return Err(self.is_not("it can only be read: open it read-only, or convert it with qemu-img"));
+        }
+        if self.options.direct {
+            return Err(DiskError::Direct { path: self.path, what: "its format has that not".into() });
+        }
+        let file = open_image(&self.path, self.options)?;
+        let disk: Arc<dyn BlockBackend> = match self.format {
+            Format::Vdi => Arc::new(MappedDisk::new(Vdi::open(&self, &file)?, vec![file])),
+            Format::Vhdx => Arc::new(MappedDisk::new(Vhdx::open(&self, &file)?, vec![file])),
+            _ => {
+                let (map, files) = Vmdk::open(&self, file)?;
+                Arc::new(MappedDisk::new(map, files))
+            }
+        };
+        let len = disk.len();
+        if len < SECTOR { Err(DiskError::Empty { path: self.path, len }) } else { Ok(disk) }
     }
 
     /// Images of this format stand alone.
@@ -175,7 +238,8 @@ impl Image {
 }
 
 fn of_magic(head: &[u8]) -> Option<Format> {
-    Format::ALL.into_iter().find(|format| format.magic().iter().any(|magic| head.starts_with(magic)))
+    let has = |&(at, magic): &(usize, &[u8])| head.get(at..).is_some_and(|head| head.starts_with(magic));
+    Format::ALL.into_iter().find(|format| format.magic().iter().any(has))
 }
 
 #[cfg(test)]
@@ -193,6 +257,15 @@ mod tests {
         for read_only in [false, true] {
             let image = Image::probe(file(b"QFI\xfb and so on"), read_only).unwrap();
             assert_eq!((image.format(), image.options.read_only), (Format::Qcow2, read_only));
+        }
+        let vdi = [&[0; 0x40][..], &0xbeda_107f_u32.to_le_bytes()].concat();
+        for (bytes, format) in [
+            (&b"KDMV"[..], Format::Vmdk),
+            (b"# Disk DescriptorFile\nversion=1", Format::Vmdk),
+            (b"vhdxfile", Format::Vhdx),
+            (&vdi, Format::Vdi),
+        ] {
+            assert_eq!(Image::probe(file(bytes), false).unwrap().format(), format);
         }
         let raw = file(&[0; 1024]);
         assert_eq!(Image::probe(&raw, true).unwrap().format(), Format::Raw);

@@ -9,11 +9,15 @@ mod faulty;
 mod image;
 mod limit;
 mod lock;
+mod mapped;
 mod pool;
 mod qcow2;
 mod raw;
 mod ring;
 mod stats;
+mod vdi;
+mod vhdx;
+mod vmdk;
 
 use std::io;
 use std::os::fd::BorrowedFd;

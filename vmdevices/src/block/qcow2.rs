@@ -179,6 +179,7 @@ fn open_layer(image: &Image) -> Result<(FormatAccess<Storage>, Option<Header>), 
                 .unwrap_or_else(|_| Err(io::Error::other("it makes no sense")));
             Ok((FormatAccess::new(opened.map_err(wrong)?), Some(header)))
         }
+        format => Err(image.is_not(format!("a {format} image below a qcow2 image is not supported"))),
     }
 }
 
