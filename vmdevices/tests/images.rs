@@ -1,11 +1,5 @@
 //! Images of every format against a model, and what `qemu-img` says of them afterwards.
-#![expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::print_stdout,
-    clippy::cast_possible_truncation,
-    reason = "tests"
-)]
+#![expect(clippy::unwrap_used, clippy::print_stdout, clippy::cast_possible_truncation, reason = "tests")]
 
 #[path = "images/mod.rs"]
 mod tool;
