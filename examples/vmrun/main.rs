@@ -13,10 +13,11 @@ use clap::Parser;
 use vmcore::boot::{Boot, Linux, LinuxEntry, Multiboot, Pvh, Raw, RawMode};
 use vmcore::host::{Report, Status};
 use vmcore::{Accel, Deterministic, Outcome, Vm, VmBuilder};
+use vmdevices::block::{Format, Image};
 use vmdevices::console::{self, Callback, Console, Socket, Stdio};
 use vmdevices::{Disk, Net, Pc, Rng};
 
-use args::{AccelArg, Args, ConsoleArg, EntryArg, NetArg};
+use args::{AccelArg, Args, ConsoleArg, DiskArg, EntryArg, NetArg};
 use stats::Times;
 
 fn main() -> ExitCode {
@@ -139,8 +140,7 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
         builder = builder.deterministic(Deterministic::seeded(seed));
     }
     for disk in &args.disks {
-        let image = if disk.read_only { Disk::open_read_only(&disk.path) } else { Disk::open(&disk.path) };
-        builder = builder.attach(image?);
+        builder = builder.attach(self::disk(disk, args)?);
     }
     if let NetArg::Tap(name) = &args.net {
         builder = builder.attach(Net::tap(name)?);
@@ -149,6 +149,44 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
         builder = builder.attach(Rng::new());
     }
     Ok(builder.build()?)
+}
+
+fn disk(arg: &DiskArg, args: &Args) -> Result<Disk, Box<dyn std::error::Error>> {
+    let mut image = match arg.format {
+        Some(format) => Image::new(&arg.path, format),
+        // Raw, unless it looks like something else: a guest may have made it look so.
+        None => match Image::probe(&arg.path, true)?.format() {
+            Format::Raw => Image::raw(&arg.path),
+            other => {
+                let path = arg.path.display();
+                return Err(format!(
+                    "disk image {path} looks like {other}: say format={other}, or format=raw"
+                )
+                .into());
+            }
+        },
+    };
+    // From the bottom: each is below the one before it.
+    let mut below: Option<Image> = None;
+    for path in arg.backing.iter().rev() {
+        let layer = Image::probe(path, true)?;
+        below = Some(match below {
+            Some(below) => layer.backing(below),
+            None => layer,
+        });
+    }
+    if let Some(below) = below {
+        image = image.backing(below);
+    }
+    if arg.read_only {
+        image = image.read_only();
+    }
+    if arg.direct {
+        image = image.direct();
+    }
+    image = arg.extents.iter().fold(image, |image, path| image.extent(path));
+    let queues = arg.queues.map_or_else(|| u16::try_from(args.cpus.get()).unwrap_or(u16::MAX), u16::from);
+    Ok(Disk::image(image)?.id(&arg.serial)?.cache(arg.cache).limits(arg.limits).queues(queues))
 }
 
 fn console(args: &Args) -> vmcore::Result<Box<dyn Console>> {
