@@ -1,11 +1,13 @@
 //! The command line.
 
-use std::num::{NonZeroU32, NonZeroU64};
+use std::num::{NonZeroU16, NonZeroU32, NonZeroU64};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use vmcore::cpuid::CpuModel;
+use vmdevices::block::{Format, Limits, Rate};
+use vmdevices::virtio::CacheMode;
 
 /// Runs a kernel or image in a virtual machine on this terminal.
 ///
@@ -36,9 +38,13 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = EntryArg::Auto)]
     pub entry: EntryArg,
 
-    /// A disk image, raw; ",ro" keeps the guest from writing it, ",," is a comma of the name. May be
-    /// given several times
-    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = disk)]
+    /// A disk image, and how it is used; ",," is a comma of a name. May be given several times.
+    /// Options: format=raw|qcow2|vmdk|vhdx|vdi (raw unless said), ro (the guest cannot write; vmdk, vhdx and
+    /// vdi want it), backing=FILE (what a qcow2 image is on top of; again for what is below that), extent=FILE
+    /// (a part of a vmdk image), cache=writeback|writethrough|unsafe, direct (past the page cache),
+    /// iops=N[/BURST] and bps=SIZE[/BURST] (limits per second), queues=N (one per CPU unless said),
+    /// serial=TEXT
+    #[arg(long = "disk", value_name = "FILE[,OPTION...]", value_parser = disk)]
     pub disks: Vec<DiskArg>,
 
     /// Network card: on a tap, on an open descriptor of a tap or Unix socket, or on what listens at a Unix
@@ -142,12 +148,28 @@ pub enum EntryArg {
 }
 
 /// `--disk`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DiskArg {
     /// The image.
     pub path: PathBuf,
+    /// What it is, if that was said.
+    pub format: Option<Format>,
     /// The guest cannot write it.
     pub read_only: bool,
+    /// Past the page cache.
+    pub direct: bool,
+    /// What it is on top of, from the top.
+    pub backing: Vec<PathBuf>,
+    /// Files that it is made of besides.
+    pub extents: Vec<PathBuf>,
+    /// When writes are stable.
+    pub cache: CacheMode,
+    /// Operations and bytes a second.
+    pub limits: Limits,
+    /// How many queues, if that was said.
+    pub queues: Option<NonZeroU16>,
+    /// What the guest sees as its serial number.
+    pub serial: String,
 }
 
 /// `--console`.
@@ -221,16 +243,51 @@ fn disk(text: &str) -> Result<DiskArg, String> {
     if path.is_empty() {
         return Err("give the path of an image".into());
     }
-    let mut read_only = false;
+    let mut disk = DiskArg { path: path.into(), ..DiskArg::default() };
     for option in parts {
-        match option.as_str() {
-            "ro" => read_only = true,
-            other => {
-                return Err(format!("no option {other:?}; known is: ro. A comma of the name is doubled"));
+        let (key, value) =
+            option.split_once('=').map_or((option.as_str(), None), |(key, value)| (key, Some(value)));
+        let wrong = |what: &str| format!("option {option:?}: {what}");
+        let path = || value.filter(|value| !value.is_empty()).map(PathBuf::from).ok_or(wrong("give a path"));
+        let text = || value.ok_or(wrong("give a value"));
+        match key {
+            "ro" if value.is_none() => disk.read_only = true,
+            "direct" if value.is_none() => disk.direct = true,
+            "format" => disk.format = Some(text()?.parse().map_err(|e: String| wrong(&e))?),
+            "backing" => disk.backing.push(path()?),
+            "extent" => disk.extents.push(path()?),
+            "cache" => {
+                disk.cache = match text()? {
+                    "writeback" => CacheMode::WriteBack,
+                    "writethrough" => CacheMode::WriteThrough,
+                    "unsafe" => CacheMode::Unsafe,
+                    _ => return Err(wrong("valid are: writeback, writethrough, unsafe")),
+                }
+            }
+            "iops" => disk.limits.operations = Some(rate(text()?).map_err(|e| wrong(&e))?),
+            "bps" => disk.limits.bytes = Some(rate(text()?).map_err(|e| wrong(&e))?),
+            "queues" => {
+                let count = text()?.parse().map_err(|_| wrong("give a number from 1 to 256"))?;
+                disk.queues = Some(count);
+            }
+            "serial" => disk.serial = text()?.into(),
+            _ => {
+                return Err(format!(
+                    "no option {option:?}; known are: format= ro backing= extent= cache= direct iops= bps= queues= \
+                     serial=. A comma of the name is doubled"
+                ));
             }
         }
     }
-    Ok(DiskArg { path: path.into(), read_only })
+    Ok(disk)
+}
+
+/// So many a second, and at once after a pause: RATE or RATE/BURST.
+fn rate(text: &str) -> Result<Rate, String> {
+    match text.split_once('/') {
+        None => size(text).map(Rate::new),
+        Some((rate, burst)) => Ok(Rate { per_second: size(rate)?, burst: size(burst)? }),
+    }
 }
 
 fn cpu(text: &str) -> Result<CpuModel, vmcore::Error> {
@@ -396,9 +453,26 @@ mod tests {
         let args = parse(&["--disk", "a.img,ro", "--disk", "b", "--disk", "x,,y,,,ro"]).unwrap();
         let disks: Vec<_> = args.disks.iter().map(|d| (d.path.to_str().unwrap(), d.read_only)).collect();
         assert_eq!(disks, [("a.img", true), ("b", false), ("x,y,", true)]);
-        refused(&["--disk", "a.img,rw"], &["\"rw\"", "known is: ro"]);
-        refused(&["--disk", "a.img,ro,cache=none"], &["\"cache=none\""]);
+        refused(&["--disk", "a.img,rw"], &["\"rw\"", "known are: format= ro"]);
+        refused(&["--disk", "a.img,ro,cache=none"], &["\"cache=none\"", "writeback"]);
         refused(&["--disk", ",ro"], &["path of an image"]);
+        let line = "top,format=qcow2,backing=mid,backing=a,,b,cache=unsafe,direct,iops=500/1K,bps=10M,queues=4,serial=x";
+        let disk = &parse(&["--disk", line]).unwrap().disks[0];
+        assert_eq!(disk.backing, ["mid", "a,b"].map(PathBuf::from));
+        assert_eq!((disk.format, disk.cache, disk.direct), (Some(Format::Qcow2), CacheMode::Unsafe, true));
+        assert_eq!(disk.limits.operations, Some(Rate { per_second: 500, burst: 1024 }));
+        assert_eq!(disk.limits.bytes, Some(Rate::new(10 << 20)));
+        assert_eq!((disk.queues, disk.serial.as_str()), (NonZeroU16::new(4), "x"));
+        for (bad, word) in [
+            ("format=qcow", "raw, qcow2"),
+            ("format", "value"),
+            ("backing=", "path"),
+            ("iops=many", "number"),
+            ("queues=0", "1 to 256"),
+            ("ro=1", "known are"),
+        ] {
+            refused(&["--disk", &format!("a,{bad}")], &[word]);
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! `vmrun`: vmcore's reference user. Runs a kernel in a virtual machine on this terminal.
 
 mod args;
+mod disk;
 mod net;
 mod stats;
 
@@ -16,7 +17,7 @@ use vmcore::host::{Report, Status};
 use vmcore::{Accel, Deterministic, Outcome, Vm, VmBuilder};
 use vmdevices::console::{self, Callback, Console, Socket, Stdio};
 use vmdevices::virtio::{self, VirtioDevice};
-use vmdevices::{Disk, Pc, Rng, Vsock};
+use vmdevices::{Pc, Rng, Vsock};
 
 use args::{AccelArg, Args, ConsoleArg, EntryArg, NetArg, TransportArg};
 use stats::Times;
@@ -144,8 +145,7 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
         builder = builder.deterministic(Deterministic::seeded(seed));
     }
     for disk in &args.disks {
-        let image = if disk.read_only { Disk::open_read_only(&disk.path) } else { Disk::open(&disk.path) };
-        builder = attach(builder, image?, args.transport);
+        builder = attach(builder, disk::open(disk, args.cpus)?, args.transport);
     }
     if let NetArg::Card(card) = &args.net {
         builder = attach(builder, net::card(card)?, args.transport);

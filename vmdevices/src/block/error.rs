@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::Format;
+
 /// Why a disk cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -44,6 +46,50 @@ pub enum DiskError {
         path: PathBuf,
         /// Its length in bytes.
         len: u64,
+    },
+    /// Not an image of that format, or one that cannot be used.
+    #[error("{path} cannot be used as a {format} image: {what}", path = .path.display())]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// What it was to be.
+        format: Format,
+        /// What is wrong, and what would do.
+        what: String,
+    },
+    /// The image needs another file, which the caller did not name.
+    #[error(
+        "disk image {path} is backed by {named:?}, which is not opened on the image's word; give it by \
+         Image::backing",
+        path = .path.display()
+    )]
+    Backing {
+        /// The image.
+        path: PathBuf,
+        /// The name in it.
+        named: String,
+    },
+    /// The image is made of several files, of which the caller did not name this one.
+    #[error(
+        "disk image {path} is partly in {named:?}, which is not opened on the image's word; give it by \
+         Image::extent",
+        path = .path.display()
+    )]
+    Extent {
+        /// The image.
+        path: PathBuf,
+        /// The name in it.
+        named: String,
+    },
+    /// What may be a raw image, and is to be written.
+    #[error(
+        "disk image {path} is of no known format; if it is raw, say so (Image::raw, or format=raw): whoever \
+         writes a raw image chooses what it looks like the next time",
+        path = .path.display()
+    )]
+    Guess {
+        /// The file.
+        path: PathBuf,
     },
     /// The image and O_DIRECT do not go together.
     #[error("disk image {path} cannot be opened with O_DIRECT: {what}; leave out \"direct\"", path = .path.display())]

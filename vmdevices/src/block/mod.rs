@@ -1,17 +1,23 @@
 //! What disks keep their bytes in.
 //!
-//! A [`BlockBackend`] is a disk's bytes; [`Disk`](crate::Disk) shows it to a guest. [`RawFile`] keeps
-//! them as they are in a file or on a block device.
+//! A [`BlockBackend`] is a disk's bytes; [`Disk`](crate::Disk) shows it to a guest. An [`Image`] names the
+//! file, or the files, that they are in, and their format; [`RawFile`] keeps them as they are.
 
 mod direct;
 mod error;
 mod faulty;
+mod image;
 mod limit;
 mod lock;
+mod mapped;
 mod pool;
+mod qcow2;
 mod raw;
 mod ring;
 mod stats;
+mod vdi;
+mod vhdx;
+mod vmdk;
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -20,6 +26,7 @@ use crate::buffers::Buffers;
 
 pub use error::DiskError;
 pub use faulty::{Effect, Fault, Faulty, Operation};
+pub use image::{Format, Image};
 pub(crate) use limit::Limiter;
 pub use limit::{Limits, Rate};
 pub(crate) use pool::Pool;

@@ -23,7 +23,7 @@ use virtio_bindings::bindings::virtio_blk::{
 use vmcore::{Error, Machine, Result};
 
 use super::device::{Activation, DeviceType, Transport, VirtioDevice, Worker, read_config_bytes};
-use crate::block::{BlockBackend, Counters, DiskError, Limiter, Limits, Pool, RawFile, SECTOR, count};
+use crate::block::{BlockBackend, Counters, DiskError, Image, Limiter, Limits, Pool, RawFile, SECTOR, count};
 use crate::complaints::Complaints;
 use crate::saved;
 pub use handle::DiskHandle;
@@ -202,6 +202,14 @@ impl Disk {
     /// As [`RawFile::open`].
     pub fn open_read_only(path: impl AsRef<Path>) -> Result<Self, DiskError> {
         Ok(Self::new(Arc::new(RawFile::open(path, true)?)))
+    }
+
+    /// The disk in `image`, of any format.
+    ///
+    /// # Errors
+    /// As [`Image::open`].
+    pub fn image(image: Image) -> Result<Self, DiskError> {
+        Ok(Self::new(image.open()?))
     }
 
     /// A disk whose bytes are `backend`'s.
