@@ -11,7 +11,7 @@ use std::time::Duration;
 use vmcore::boot::{Linux, Raw, RawMode};
 use vmcore::{Deterministic, Error, Outcome, StateHash, Vm};
 use vmdevices::console::{self, Script};
-use vmdevices::{Disk, Net, Pc, Rng, VirtioConsole};
+use vmdevices::{Disk, Net, Pc, Rng, VirtioConsole, virtio};
 
 /// Instructions between two checkpoints.
 const STEP: u64 = 100_000_000;
@@ -51,7 +51,7 @@ fn vm(guests: &Path, image: &Path, cpus: u32, scenario: &str, settings: Determin
         .memory(128 << 20)
         .boot(linux)
         .attach(Pc::new().serial(serial).exit_port(0xf4))
-        .attach(Disk::open(image).unwrap())
+        .attach(virtio::pci(Disk::open(image).unwrap()))
         .attach(Rng::new())
         .attach(VirtioConsole::new(virtio))
         .build()

@@ -37,10 +37,10 @@ pub trait PciDevice: Send {
         let _ = (index, offset, data);
     }
 
-    /// BAR number `bar` answers at this address from now on, or nowhere: for devices with doorbells. Called
-    /// with the addresses from the beginning and whenever the guest changes them.
-    fn mapped(&mut self, bar: u8, at: Option<GuestAddress>) {
-        let _ = (bar, at);
+    /// The guest programmed something that the device may have to know; called with what is so from the
+    /// beginning, too.
+    fn programmed(&mut self, what: Programmed) {
+        let _ = what;
     }
 
     /// State besides configuration space and MSI-X, which the bus saves.
@@ -88,8 +88,8 @@ impl<D: PciDevice + ?Sized> PciDevice for Arc<Mutex<D>> {
     fn write_capability(&mut self, index: usize, offset: usize, data: &[u8]) {
         reach(self).write_capability(index, offset, data);
     }
-    fn mapped(&mut self, bar: u8, at: Option<GuestAddress>) {
-        reach(self).mapped(bar, at);
+    fn programmed(&mut self, what: Programmed) {
+        reach(self).programmed(what);
     }
     fn save(&self) -> Result<Vec<u8>> {
         reach(self).save()
@@ -102,6 +102,21 @@ impl<D: PciDevice + ?Sized> PciDevice for Arc<Mutex<D>> {
 fn reach<D: ?Sized>(device: &Mutex<D>) -> MutexGuard<'_, D> {
     // A device that panicked (an embedder's own) is used on as it is.
     device.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a guest programs in configuration space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Programmed {
+    /// A BAR answers at this address from now on, or nowhere: for devices with doorbells.
+    Bar {
+        /// Its number.
+        index: u8,
+        /// Where it is.
+        at: Option<GuestAddress>,
+    },
+    /// Whether the function may read and write memory by itself (Bus Master of the command register). One that
+    /// does so must not afterwards, when it is told that it may not; the bus sees to its messages.
+    Master(bool),
 }
 
 /// What a function is and has.

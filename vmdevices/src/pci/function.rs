@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use vmcore::{BusDevice, Error, GuestAddress, Platform, Result};
 
 use super::config::{self, Config, command};
-use super::device::{Bar, Description, MsixTable, PciDevice};
+use super::device::{Bar, Description, MsixTable, PciDevice, Programmed};
 use super::interrupt::{self, Interrupts};
 use super::windows::{self, Windows};
 use crate::complaints::Complaints;
@@ -118,10 +118,12 @@ impl Function {
         (changes.command || changes.bars) && self.map()
     }
 
-    /// What the command register says of interrupts.
-    fn obey_command(&self) {
+    /// What the command register says of interrupts and of access to memory.
+    fn obey_command(&mut self) {
         let command = self.config.command();
-        self.interrupts.command(command & command::INTX_DISABLE != 0, command & command::MASTER != 0);
+        let master = command & command::MASTER != 0;
+        self.interrupts.command(command & command::INTX_DISABLE != 0, master);
+        self.device.programmed(Programmed::Master(master));
     }
 
     /// Has every BAR answer where it is programmed to, as far as the bridge forwards that and nobody else is
@@ -140,7 +142,7 @@ impl Function {
                 self.platform.displace(GuestAddress(at));
                 mapped.at = None;
                 freed = true;
-                self.device.mapped(mapped.bar.index, None);
+                self.device.programmed(Programmed::Bar { index: mapped.bar.index, at: None });
             }
         }
         for (mapped, wanted) in self.bars.iter_mut().zip(&wanted) {
@@ -149,7 +151,8 @@ impl Function {
             match self.platform.place(GuestAddress(at), mapped.bar.len, Arc::new(Mutex::new(view))) {
                 Ok(()) => {
                     mapped.at = Some(at);
-                    self.device.mapped(mapped.bar.index, Some(GuestAddress(at)));
+                    let at = Some(GuestAddress(at));
+                    self.device.programmed(Programmed::Bar { index: mapped.bar.index, at });
                 }
                 Err(error) => {
                     self.complaints.warn(&self.name, format_args!("BAR {}: {error}", mapped.bar.index));
@@ -164,7 +167,7 @@ impl Function {
         for mapped in &mut self.bars {
             if let Some(at) = mapped.at.take() {
                 self.platform.displace(GuestAddress(at));
-                self.device.mapped(mapped.bar.index, None);
+                self.device.programmed(Programmed::Bar { index: mapped.bar.index, at: None });
             }
         }
     }

@@ -49,5 +49,5 @@ mod windows;
 
 pub use attach::{PciAttach, device};
 pub use bus::{PciAddress, PciBus};
-pub use device::{Bar, Capability, Description, Identity, MsixTable, PciDevice};
+pub use device::{Bar, Capability, Description, Identity, MsixTable, PciDevice, Programmed};
 pub use interrupt::Interrupts;

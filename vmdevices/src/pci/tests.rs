@@ -123,6 +123,7 @@ impl Machine {
 struct Log {
     interrupts: Option<Interrupts>,
     mapped: Vec<(u8, Option<u64>)>,
+    master: Vec<bool>,
     writes: Vec<(u8, u64, Vec<u8>)>,
 }
 
@@ -185,8 +186,12 @@ impl PciDevice for Probe {
             self.register = *byte;
         }
     }
-    fn mapped(&mut self, bar: u8, at: Option<GuestAddress>) {
-        self.log.lock().unwrap().mapped.push((bar, at.map(|at| at.0)));
+    fn programmed(&mut self, what: Programmed) {
+        let mut log = self.log.lock().unwrap();
+        match what {
+            Programmed::Bar { index, at } => log.mapped.push((index, at.map(|at| at.0))),
+            Programmed::Master(master) => log.master.push(master),
+        }
     }
     fn save(&self) -> Result<Vec<u8>> {
         Ok(vec![self.state, self.register])
@@ -536,6 +541,8 @@ fn pins_share_wires_and_obey_the_guest() {
     assert_eq!((machine.wires(), machine.config::<1>(1, 6)[0] & 8), (vec![(11, false)], 8));
     machine.command(1, 2);
     assert_eq!(machine.wires(), [(11, true)]);
+    machine.command(1, 6);
+    assert_eq!(probes[0].log.lock().unwrap().master, [false, false, false, true]);
     // MSI-X takes the pin's place.
     machine.set_config(1, MSIX + 2, &[0, 0x80]);
     assert_eq!(machine.wires(), [(11, false)]);

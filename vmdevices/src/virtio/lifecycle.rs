@@ -259,6 +259,16 @@ impl Lifecycle {
         }
     }
 
+    /// Keeps the device from touching memory, from when this returns; or lets it again.
+    pub(super) fn hold(&self, held: bool) {
+        self.status.hold(held);
+        match &self.runner {
+            Some(runner) if held => runner.quiesce(),
+            Some(runner) => runner.resume(),
+            None => {}
+        }
+    }
+
     /// Looks at the device's host descriptors on the caller's thread.
     pub(super) fn poll(&self) {
         if let Some(runner) = &self.runner {

@@ -13,7 +13,7 @@ use super::device::{DeviceType, Transport, VirtioDevice};
 use super::lifecycle::{self, Lifecycle};
 use super::runner::{Status, Threading};
 use super::{features, set_high, set_low, status};
-use crate::pci::{Bar, Capability, Description, Identity, Interrupts, MsixTable, PciDevice};
+use crate::pci::{Bar, Capability, Description, Identity, Interrupts, MsixTable, PciDevice, Programmed};
 use crate::saved;
 
 const WHAT: &str = "a virtio-pci device";
@@ -160,6 +160,8 @@ pub struct VirtioPci {
     registrations: Vec<Registration>,
     /// Where the BAR is.
     at: Option<GuestAddress>,
+    /// The function must leave memory alone: it is no bus master.
+    held: bool,
 }
 
 /// What the registers of the common configuration are about at present.
@@ -234,6 +236,7 @@ impl VirtioPci {
             platform: ring.then(|| platform.clone()),
             registrations: Vec::new(),
             at: None,
+            held: false,
         })
     }
 
@@ -532,10 +535,20 @@ impl PciDevice for VirtioPci {
         }
     }
 
-    fn mapped(&mut self, _: u8, at: Option<GuestAddress>) {
-        self.registrations.clear();
-        self.at = at;
-        self.ring_doorbells();
+    fn programmed(&mut self, what: Programmed) {
+        match what {
+            Programmed::Bar { at, .. } => {
+                self.registrations.clear();
+                self.at = at;
+                self.ring_doorbells();
+            }
+            // Told with every write of the command register, mostly of what is so already.
+            Programmed::Master(master) if master == self.held => {
+                self.held = !master;
+                self.lifecycle.hold(self.held);
+            }
+            Programmed::Master(_) => {}
+        }
     }
 
     fn save(&self) -> Result<Vec<u8>> {

@@ -1,7 +1,7 @@
 //! Runs a device's workers: on I/O threads, or on the vCPU's.
 
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmcore::{Error, EventSet, IoThread, Result, Watch};
@@ -32,12 +32,15 @@ const MOST_TURNS: usize = 1024;
 pub(super) struct Status {
     name: String,
     bits: AtomicU32,
+    /// Memory must not be touched at present.
+    held: AtomicBool,
     complaints: Complaints,
 }
 
 impl Status {
     pub(super) fn new(name: String) -> Self {
-        Self { name, bits: AtomicU32::new(0), complaints: Complaints::default() }
+        let (bits, held) = (AtomicU32::new(0), AtomicBool::new(false));
+        Self { name, bits, held, complaints: Complaints::default() }
     }
 
     pub(super) fn get(&self) -> u32 {
@@ -54,6 +57,11 @@ impl Status {
 
     pub(super) fn replace(&self, bits: u32) {
         self.bits.store(bits, Ordering::Release);
+    }
+
+    /// Whether workers shall leave memory alone; see [`Runner::quiesce`] and [`Runner::resume`].
+    pub(super) fn hold(&self, held: bool) {
+        self.held.store(held, Ordering::SeqCst);
     }
 
     /// Says what the driver did wrong, but not without end.
@@ -93,7 +101,7 @@ impl Slot {
     fn run(&self, event: Event) -> Progress {
         let mut guard = self.lock();
         let Some(worker) = guard.as_mut() else { return Progress::Idle };
-        if self.status.has(status::NEEDS_RESET) {
+        if self.status.has(status::NEEDS_RESET) || self.status.held.load(Ordering::SeqCst) {
             return Progress::Idle;
         }
         let result = match event {
@@ -124,6 +132,8 @@ pub(super) struct Runner {
     /// Host descriptors of each slot, looked at on the vCPU's thread where there is no other.
     polled: Vec<usize>,
     doorbells: Option<Vec<Arc<EventFd>>>,
+    /// Each has an I/O thread look at a host descriptor again.
+    again: Vec<Arc<EventFd>>,
     watches: Vec<Watch>,
 }
 
@@ -141,6 +151,7 @@ impl Runner {
             routes: vec![None; doorbells.len()],
             polled: Vec::new(),
             doorbells: matches!(threading, Threading::IoThreads(_)).then(|| doorbells.to_vec()),
+            again: Vec::new(),
             watches: Vec::new(),
         };
         for (number, mut worker) in workers.into_iter().enumerate() {
@@ -185,6 +196,7 @@ impl Runner {
             let again =
                 Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|e| Error::os("eventfd", "", e))?);
             self.watches.push(watch_event(thread, &again, slot.clone(), event)?);
+            self.again.push(again.clone());
             let slot = slot.clone();
             let events = source.events | EventSet::EDGE_TRIGGERED;
             let call = move |_| {
@@ -220,6 +232,21 @@ impl Runner {
     /// Has every queue looked at: requests may have come before the device was active.
     pub(super) fn notify_all(&self) {
         (0..self.routes.len()).filter_map(|queue| u16::try_from(queue).ok()).for_each(|q| self.notify(q));
+    }
+
+    /// Waits until no worker touches memory, once [`Status::hold`] keeps them from beginning to.
+    pub(super) fn quiesce(&self) {
+        for slot in &self.slots {
+            if let Some(worker) = slot.lock().as_mut() {
+                worker.drain();
+            }
+        }
+    }
+
+    /// Has everything looked at that may have come while workers were held.
+    pub(super) fn resume(&self) {
+        self.notify_all();
+        self.again.iter().for_each(|again| ring(again));
     }
 
     /// Calls `act` with queue number `queue` while its worker is idle.

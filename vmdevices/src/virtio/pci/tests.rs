@@ -226,6 +226,28 @@ fn a_device_interrupts_by_message_or_by_pin() {
 }
 
 #[test]
+fn a_function_that_is_no_bus_master_leaves_memory_alone() {
+    let guest = Guest::new();
+    guest.messages_on();
+    guest.store(ECAM + 4, &[2, 0]);
+    guest.start(1);
+    assert_eq!((guest.ask(BAR_AT + NOTIFY), guest.ask(BAR_AT + NOTIFY)), (0, 0));
+    // What was asked for meanwhile is served when it may be.
+    guest.store(ECAM + 4, &[6, 0]);
+    assert_eq!(
+        (guest.memory.load::<u16>(GuestAddress(0x3002)).unwrap(), guest.messages()),
+        (2, vec![0x41; 2])
+    );
+    guest.store(ECAM + 4, &[2, 0]);
+    assert_eq!(guest.ask(BAR_AT + NOTIFY), 2);
+    // A reset does not change it.
+    guest.start(1);
+    assert_eq!((guest.ask(BAR_AT + NOTIFY), guest.messages()), (0, vec![]));
+    guest.store(ECAM + 4, &[6, 0]);
+    assert_eq!(guest.memory.load::<u16>(GuestAddress(0x3002)).unwrap(), 1);
+}
+
+#[test]
 fn a_queue_is_reset_alone_and_set_up_again() {
     let guest = Guest::new();
     guest.messages_on();
