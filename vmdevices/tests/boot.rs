@@ -4,6 +4,8 @@
 //! and failed where `VMCORE_REQUIRE_BOOT` says that a skip is one.
 #![expect(clippy::unwrap_used, clippy::panic, clippy::print_stdout, reason = "these are tests")]
 
+#[path = "nat/booted.rs"]
+mod nat;
 mod network;
 mod other;
 
