@@ -1,11 +1,13 @@
 //! The command line.
 
+use std::net::{IpAddr, SocketAddr};
 use std::num::{NonZeroU32, NonZeroU64};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use vmcore::cpuid::CpuModel;
+use vmdevices::net::{Action, Destination, Forward, NatError};
 
 /// Runs a kernel or image in a virtual machine on this terminal.
 ///
@@ -41,8 +43,11 @@ pub struct Args {
     #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = disk)]
     pub disks: Vec<DiskArg>,
 
-    /// Network card: none, or tap=NAME
-    #[arg(long, value_name = "none|tap=NAME", default_value = "none", value_parser = net)]
+    /// Network card: none, a tap interface, or a NAT in this process, which needs no privilege. Options
+    /// of nat, each any number of times: forward=tcp:8080:80, allow=DEST and deny=DEST (in their order),
+    /// otherwise=deny, dns=ADDRESS, mtu=BYTES, host (the gateway stands for this host's loopback address),
+    /// where DEST is any, 10.0.0.0/8 or tcp:10.0.0.0/8:80-90
+    #[arg(long, value_name = "none|tap=NAME|nat[,OPTION..]", default_value = "none", value_parser = net)]
     pub net: NetArg,
 
     /// Size of the guest's memory: 64M, 2G, ...
@@ -148,6 +153,25 @@ pub enum NetArg {
     None,
     /// A card on this tap interface.
     Tap(String),
+    /// A card on the built-in NAT.
+    Nat(NatArgs),
+}
+
+/// Options of `--net nat`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NatArgs {
+    /// Ports that lead to the guest.
+    pub forwards: Vec<Forward>,
+    /// What the guest may reach, in order.
+    pub rules: Vec<(Action, Destination)>,
+    /// What becomes of the rest.
+    pub otherwise: Option<Action>,
+    /// Resolvers; those of this host where there are none.
+    pub dns: Vec<SocketAddr>,
+    /// Largest IP packet.
+    pub mtu: Option<u16>,
+    /// The gateway's address stands for this host's loopback address.
+    pub host: bool,
 }
 
 fn disk(text: &str) -> Result<DiskArg, String> {
@@ -190,8 +214,47 @@ fn net(text: &str) -> Result<NetArg, String> {
     match text.split_once('=') {
         None if text == "none" => Ok(NetArg::None),
         Some(("tap", name)) if !name.is_empty() => Ok(NetArg::Tap(name.into())),
-        _ => Err("valid are: none, tap=NAME".into()),
+        _ if text == "nat" || text.starts_with("nat,") => nat(text).map(NetArg::Nat),
+        _ => Err("valid are: none, tap=NAME, nat[,OPTION..]".into()),
     }
+}
+
+fn nat(text: &str) -> Result<NatArgs, String> {
+    let mut args = NatArgs::default();
+    let action = |text: &str| match text {
+        "allow" => Ok(Action::Allow),
+        "deny" => Ok(Action::Deny),
+        other => Err(format!("{other:?} is no action: give allow or deny")),
+    };
+    let said = |error: NatError| error.to_string();
+    for option in text.split(',').skip(1) {
+        match option.split_once('=') {
+            Some(("forward", forward)) => args.forwards.push(forward.parse().map_err(said)?),
+            Some((rule @ ("allow" | "deny"), destination)) => {
+                args.rules.push((action(rule)?, destination.parse().map_err(said)?));
+            }
+            Some(("otherwise", text)) => args.otherwise = Some(action(text)?),
+            Some(("dns", server)) => {
+                let address = server.parse().map(|address: IpAddr| SocketAddr::new(address, 53));
+                let address = address.or_else(|_| server.parse());
+                args.dns.push(
+                    address
+                        .map_err(|_| format!("{server:?} is no resolver: give 192.0.2.53 or [::1]:5353"))?,
+                );
+            }
+            Some(("mtu", bytes)) => {
+                let bytes = bytes.parse().map_err(|_| format!("{bytes:?} is no MTU: give bytes: 1500"))?;
+                args.mtu = Some(bytes);
+            }
+            None if option == "host" => args.host = true,
+            _ => {
+                return Err(format!(
+                    "no option {option:?}; known are: forward=, allow=, deny=, otherwise=, dns=, mtu=, host"
+                ));
+            }
+        }
+    }
+    Ok(args)
 }
 
 fn size(text: &str) -> Result<u64, String> {
@@ -282,6 +345,24 @@ mod tests {
         assert_eq!(console("./a=b"), ConsoleArg::File("./a=b".into()));
         assert_eq!(console("unix=/run/vm.sock"), ConsoleArg::Unix("/run/vm.sock".into()));
         refused(&["--console", "unix="], &["unix=PATH"]);
+    }
+
+    #[test]
+    fn a_nat_has_forwards_rules_and_resolvers() {
+        assert_eq!(parse(&["--net", "nat"]).unwrap().net, NetArg::Nat(NatArgs::default()));
+        let text = "nat,forward=tcp:8080:80,forward=udp:[::1]:53:53,deny=tcp:any:25,allow=10.0.0.0/8,otherwise=deny,dns=192.0.2.53,dns=[::1]:5353,mtu=9000,host";
+        let NetArg::Nat(nat) = parse(&["--net", text]).unwrap().net else { panic!("no NAT") };
+        let forwards: Vec<_> = nat.forwards.iter().map(ToString::to_string).collect();
+        assert_eq!(forwards, ["tcp:127.0.0.1:8080:80", "udp:[::1]:53:53"]);
+        let rules: Vec<_> = nat.rules.iter().map(|(action, to)| (*action, to.to_string())).collect();
+        assert_eq!(rules, [(Action::Deny, "tcp:any:25".into()), (Action::Allow, "10.0.0.0/8".into())]);
+        assert_eq!(nat.dns, ["192.0.2.53:53", "[::1]:5353"].map(|text| text.parse().unwrap()));
+        assert_eq!((nat.otherwise, nat.mtu, nat.host), (Some(Action::Deny), Some(9000), true));
+        refused(&["--net", "nat,forward=80"], &["tcp:8080:80"]);
+        refused(&["--net", "nat,deny=10.0.0.1/8"], &["10.0.0.0/8"]);
+        refused(&["--net", "nat,otherwise=maybe"], &["allow or deny"]);
+        refused(&["--net", "nat,dns=one"], &["192.0.2.53"]);
+        refused(&["--net", "nat,speed=1"], &["forward=", "otherwise="]);
     }
 
     #[test]

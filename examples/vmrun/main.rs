@@ -14,9 +14,10 @@ use vmcore::boot::{Boot, Linux, LinuxEntry, Multiboot, Pvh, Raw, RawMode};
 use vmcore::host::{Report, Status};
 use vmcore::{Accel, Deterministic, Outcome, Vm, VmBuilder};
 use vmdevices::console::{self, Callback, Console, Socket, Stdio};
+use vmdevices::net::{Action, Nat, NatError};
 use vmdevices::{Disk, Net, Pc, Rng};
 
-use args::{AccelArg, Args, ConsoleArg, EntryArg, NetArg};
+use args::{AccelArg, Args, ConsoleArg, EntryArg, NatArgs, NetArg};
 use stats::Times;
 
 fn main() -> ExitCode {
@@ -142,13 +143,38 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
         let image = if disk.read_only { Disk::open_read_only(&disk.path) } else { Disk::open(&disk.path) };
         builder = builder.attach(image?);
     }
-    if let NetArg::Tap(name) = &args.net {
-        builder = builder.attach(Net::tap(name)?);
+    match &args.net {
+        NetArg::None => {}
+        NetArg::Tap(name) => builder = builder.attach(Net::tap(name)?),
+        NetArg::Nat(options) => builder = builder.attach(Net::nat(nat(options)?)?),
     }
     if !args.disks.is_empty() {
         builder = builder.attach(Rng::new());
     }
     Ok(builder.build()?)
+}
+
+fn nat(options: &NatArgs) -> Result<Nat, NatError> {
+    let mut nat = Nat::new()?;
+    for (action, destination) in options.rules.iter().cloned() {
+        nat = match action {
+            Action::Allow => nat.allow(destination),
+            Action::Deny => nat.deny(destination),
+        };
+    }
+    if let Some(action) = options.otherwise {
+        nat = nat.otherwise(action);
+    }
+    if !options.dns.is_empty() {
+        nat = nat.resolvers(options.dns.iter().copied());
+    }
+    if let Some(mtu) = options.mtu {
+        nat = nat.with_mtu(mtu)?;
+    }
+    if options.host {
+        nat = nat.gateway_is_host();
+    }
+    options.forwards.iter().try_fold(nat, |nat, forward| nat.forward(*forward))
 }
 
 fn console(args: &Args) -> vmcore::Result<Box<dyn Console>> {
