@@ -1,13 +1,17 @@
 //! The command line.
 
-use std::num::{NonZeroU16, NonZeroU32, NonZeroU64};
+mod disk;
+mod net;
+
+use std::num::{NonZeroU32, NonZeroU64};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use vmcore::cpuid::CpuModel;
-use vmdevices::block::{Format, Limits, Rate};
-use vmdevices::virtio::CacheMode;
+
+pub use disk::DiskArg;
+pub use net::{CardArg, NatArgs, NetArg, Network};
 
 /// Runs a kernel or image in a virtual machine on this terminal.
 ///
@@ -44,13 +48,16 @@ pub struct Args {
     /// (a part of a vmdk image), cache=writeback|writethrough|unsafe, direct (past the page cache),
     /// iops=N[/BURST] and bps=SIZE[/BURST] (limits per second), queues=N (one per CPU unless said),
     /// serial=TEXT
-    #[arg(long = "disk", value_name = "FILE[,OPTION...]", value_parser = disk)]
+    #[arg(long = "disk", value_name = "FILE[,OPTION...]", value_parser = disk::parse)]
     pub disks: Vec<DiskArg>,
 
-    /// Network card: on a tap, on an open descriptor of a tap or Unix socket, or on what listens at a Unix
-    /// socket (passt, QEMU). Options: mac=02:00:00:00:00:01, queues=N (of a tap), mtu=BYTES, pcap=FILE
-    /// (packets recorded), bps=RATE (bits per second in each direction: 100M). A comma of a name is doubled
-    #[arg(long, value_name = "none|tap=NAME|fd=N|unix=PATH[,OPTION...]", default_value = "none", value_parser = net)]
+    /// Network card: on a NAT in this process, which needs no privilege; on a tap; on an open descriptor of a
+    /// tap or Unix socket; or on what listens at a Unix socket (passt, QEMU). A comma of a name is doubled.
+    /// Options: mac=02:00:00:00:00:01, queues=N (of a tap), mtu=BYTES, pcap=FILE (packets recorded), bps=RATE (bits
+    /// per second in each direction: 100M). Of nat besides, any number of times: forward=tcp:8080:80, allow=DEST
+    /// and deny=DEST (in their order), otherwise=deny, dns=ADDRESS, host (the gateway stands for this host's
+    /// loopback address), where DEST is any, 10.0.0.0/8 or tcp:10.0.0.0/8:80-90
+    #[arg(long, value_name = "none|nat|tap=NAME|fd=N|unix=PATH[,OPTION...]", default_value = "none", value_parser = net::parse)]
     pub net: NetArg,
 
     /// What disks and network card are behind: virtio-mmio, or virtio-pci
@@ -147,31 +154,6 @@ pub enum EntryArg {
     Raw,
 }
 
-/// `--disk`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DiskArg {
-    /// The image.
-    pub path: PathBuf,
-    /// What it is, if that was said.
-    pub format: Option<Format>,
-    /// The guest cannot write it.
-    pub read_only: bool,
-    /// Past the page cache.
-    pub direct: bool,
-    /// What it is on top of, from the top.
-    pub backing: Vec<PathBuf>,
-    /// Files that it is made of besides.
-    pub extents: Vec<PathBuf>,
-    /// When writes are stable.
-    pub cache: CacheMode,
-    /// Operations and bytes a second.
-    pub limits: Limits,
-    /// How many queues, if that was said.
-    pub queues: Option<NonZeroU16>,
-    /// What the guest sees as its serial number.
-    pub serial: String,
-}
-
 /// `--console`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ConsoleArg {
@@ -180,43 +162,6 @@ pub enum ConsoleArg {
     /// Output to a file, no input.
     File(PathBuf),
     /// Whoever connects to a Unix socket at this path.
-    Unix(PathBuf),
-}
-
-/// `--net`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NetArg {
-    /// No network card.
-    None,
-    /// A card.
-    Card(CardArg),
-}
-
-/// A network card.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CardArg {
-    /// What it is connected to.
-    pub network: Network,
-    /// Its address, if not a random one.
-    pub mac: Option<[u8; 6]>,
-    /// Pairs of queues.
-    pub queues: u16,
-    /// The largest IP packet.
-    pub mtu: Option<u16>,
-    /// Where packets are recorded.
-    pub pcap: Option<PathBuf>,
-    /// Most bits per second of each direction.
-    pub bps: Option<NonZeroU64>,
-}
-
-/// What a network card is connected to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Network {
-    /// A tap interface of this name.
-    Tap(String),
-    /// A tap or Unix socket that is open already.
-    Fd(i32),
-    /// A Unix stream socket that somebody listens on.
     Unix(PathBuf),
 }
 
@@ -237,59 +182,6 @@ pub struct VsockArg {
     pub path: PathBuf,
 }
 
-fn disk(text: &str) -> Result<DiskArg, String> {
-    let mut parts = parts(text);
-    let path = parts.next().unwrap_or_default();
-    if path.is_empty() {
-        return Err("give the path of an image".into());
-    }
-    let mut disk = DiskArg { path: path.into(), ..DiskArg::default() };
-    for option in parts {
-        let (key, value) =
-            option.split_once('=').map_or((option.as_str(), None), |(key, value)| (key, Some(value)));
-        let wrong = |what: &str| format!("option {option:?}: {what}");
-        let path = || value.filter(|value| !value.is_empty()).map(PathBuf::from).ok_or(wrong("give a path"));
-        let text = || value.ok_or(wrong("give a value"));
-        match key {
-            "ro" if value.is_none() => disk.read_only = true,
-            "direct" if value.is_none() => disk.direct = true,
-            "format" => disk.format = Some(text()?.parse().map_err(|e: String| wrong(&e))?),
-            "backing" => disk.backing.push(path()?),
-            "extent" => disk.extents.push(path()?),
-            "cache" => {
-                disk.cache = match text()? {
-                    "writeback" => CacheMode::WriteBack,
-                    "writethrough" => CacheMode::WriteThrough,
-                    "unsafe" => CacheMode::Unsafe,
-                    _ => return Err(wrong("valid are: writeback, writethrough, unsafe")),
-                }
-            }
-            "iops" => disk.limits.operations = Some(rate(text()?).map_err(|e| wrong(&e))?),
-            "bps" => disk.limits.bytes = Some(rate(text()?).map_err(|e| wrong(&e))?),
-            "queues" => {
-                let count = text()?.parse().map_err(|_| wrong("give a number from 1 to 256"))?;
-                disk.queues = Some(count);
-            }
-            "serial" => disk.serial = text()?.into(),
-            _ => {
-                return Err(format!(
-                    "no option {option:?}; known are: format= ro backing= extent= cache= direct iops= bps= queues= \
-                     serial=. A comma of the name is doubled"
-                ));
-            }
-        }
-    }
-    Ok(disk)
-}
-
-/// So many a second, and at once after a pause: RATE or RATE/BURST.
-fn rate(text: &str) -> Result<Rate, String> {
-    match text.split_once('/') {
-        None => size(text).map(Rate::new),
-        Some((rate, burst)) => Ok(Rate { per_second: size(rate)?, burst: size(burst)? }),
-    }
-}
-
 fn cpu(text: &str) -> Result<CpuModel, vmcore::Error> {
     text.parse()
 }
@@ -302,62 +194,6 @@ fn console(text: &str) -> Result<ConsoleArg, String> {
         _ if text.is_empty() => Err("give stdio, a file, or unix=PATH".into()),
         _ => Ok(ConsoleArg::File(text.into())),
     }
-}
-
-fn net(text: &str) -> Result<NetArg, String> {
-    const KINDS: &str = "valid are: none, tap=NAME, fd=N, unix=PATH";
-    let mut parts = parts(text);
-    let kind = parts.next().unwrap_or_default();
-    let network = match kind.split_once('=') {
-        None if kind == "none" && parts.len() == 0 => return Ok(NetArg::None),
-        Some((_, "")) | None => return Err(KINDS.into()),
-        Some(("tap", name)) => Network::Tap(name.into()),
-        Some(("unix", path)) => Network::Unix(path.into()),
-        Some(("fd", number)) => {
-            let number = number.parse().ok().filter(|&fd| fd > 2);
-            Network::Fd(number.ok_or("give the number of an open descriptor, 3 or more: fd=3")?)
-        }
-        _ => return Err(KINDS.into()),
-    };
-    let mut card = CardArg { network, mac: None, queues: 1, mtu: None, pcap: None, bps: None };
-    for option in parts {
-        let invalid = |fix: &str| format!("{option:?}: {fix}");
-        match option.split_once('=').unwrap_or_default() {
-            ("mac", text) => card.mac = Some(mac(text).ok_or(invalid("give six bytes: 02:00:00:00:00:01"))?),
-            ("queues", text) => {
-                let queues = text.parse().ok().filter(|queues| (1..=256).contains(queues));
-                card.queues = queues.ok_or(invalid("give 1 to 256 queues"))?;
-            }
-            ("mtu", text) => card.mtu = Some(text.parse().map_err(|_| invalid("give 68 to 65535 bytes"))?),
-            ("pcap", path) if !path.is_empty() => card.pcap = Some(path.into()),
-            ("bps", text) => card.bps = Some(bits(text).ok_or(invalid("give bits per second: 100M"))?),
-            _ => {
-                return Err(format!(
-                    "no option {option:?}; known are: mac=, queues=, mtu=, pcap=, bps=. A comma of a name is doubled"
-                ));
-            }
-        }
-    }
-    if card.queues > 1 && !matches!(card.network, Network::Tap(_)) {
-        return Err("several queues are a tap's: tap=NAME,queues=N".into());
-    }
-    Ok(NetArg::Card(card))
-}
-
-fn mac(text: &str) -> Option<[u8; 6]> {
-    let bytes = text.split(':').map(|byte| u8::from_str_radix(byte, 16).ok().filter(|_| byte.len() == 2));
-    bytes.collect::<Option<Vec<_>>>()?.try_into().ok()
-}
-
-/// Bits per second, with a decimal unit: as speeds of networks are given.
-fn bits(text: &str) -> Option<NonZeroU64> {
-    let (digits, unit) = match text.as_bytes().last()? {
-        b'K' | b'k' => (&text[..text.len() - 1], 1_000),
-        b'M' | b'm' => (&text[..text.len() - 1], 1_000_000),
-        b'G' | b'g' => (&text[..text.len() - 1], 1_000_000_000),
-        _ => (text, 1),
-    };
-    NonZeroU64::new(digits.parse::<u64>().ok()?.checked_mul(unit)?)
 }
 
 fn vsock(text: &str) -> Result<VsockArg, String> {
@@ -418,14 +254,14 @@ mod tests {
         }
     }
 
-    fn parse(arguments: &[&str]) -> Result<Args, String> {
+    pub(super) fn parse(arguments: &[&str]) -> Result<Args, String> {
         let line = ["vmrun", "--kernel", "k"].iter().chain(arguments);
         Args::try_parse_from(line).map_err(|e| e.to_string())
     }
 
     /// An error names the option, the value and what would do.
     #[track_caller]
-    fn refused(arguments: &[&str], words: &[&str]) {
+    pub(super) fn refused(arguments: &[&str], words: &[&str]) {
         let text = parse(arguments).unwrap_err();
         for word in arguments.iter().chain(words) {
             assert!(text.contains(word), "{word:?} is not in {text}");
@@ -446,65 +282,6 @@ mod tests {
         assert_eq!((args.memory, args.cpus.get(), args.exit_port), (512 << 20, 1, 0xf4));
         assert_eq!((args.cpu, args.net, args.console), (CpuModel::Best, NetArg::None, ConsoleArg::Stdio));
         assert!(args.disks.is_empty() && args.timeout.is_none() && args.stats.is_none() && !args.check);
-    }
-
-    #[test]
-    fn disks_have_options_and_names_with_commas() {
-        let args = parse(&["--disk", "a.img,ro", "--disk", "b", "--disk", "x,,y,,,ro"]).unwrap();
-        let disks: Vec<_> = args.disks.iter().map(|d| (d.path.to_str().unwrap(), d.read_only)).collect();
-        assert_eq!(disks, [("a.img", true), ("b", false), ("x,y,", true)]);
-        refused(&["--disk", "a.img,rw"], &["\"rw\"", "known are: format= ro"]);
-        refused(&["--disk", "a.img,ro,cache=none"], &["\"cache=none\"", "writeback"]);
-        refused(&["--disk", ",ro"], &["path of an image"]);
-        let line = "top,format=qcow2,backing=mid,backing=a,,b,cache=unsafe,direct,iops=500/1K,bps=10M,queues=4,serial=x";
-        let disk = &parse(&["--disk", line]).unwrap().disks[0];
-        assert_eq!(disk.backing, ["mid", "a,b"].map(PathBuf::from));
-        assert_eq!((disk.format, disk.cache, disk.direct), (Some(Format::Qcow2), CacheMode::Unsafe, true));
-        assert_eq!(disk.limits.operations, Some(Rate { per_second: 500, burst: 1024 }));
-        assert_eq!(disk.limits.bytes, Some(Rate::new(10 << 20)));
-        assert_eq!((disk.queues, disk.serial.as_str()), (NonZeroU16::new(4), "x"));
-        for (bad, word) in [
-            ("format=qcow", "raw, qcow2"),
-            ("format", "value"),
-            ("backing=", "path"),
-            ("iops=many", "number"),
-            ("queues=0", "1 to 256"),
-            ("ro=1", "known are"),
-        ] {
-            refused(&["--disk", &format!("a,{bad}")], &[word]);
-        }
-    }
-
-    #[test]
-    fn cards_are_on_taps_descriptors_and_sockets() {
-        let card = |text| match parse(&["--net", text]).unwrap().net {
-            NetArg::Card(card) => card,
-            NetArg::None => panic!("{text}"),
-        };
-        let plain = |network| CardArg { network, mac: None, queues: 1, mtu: None, pcap: None, bps: None };
-        assert_eq!(card("tap=vm0"), plain(Network::Tap("vm0".into())));
-        assert_eq!(card("fd=3"), plain(Network::Fd(3)));
-        assert_eq!(card("unix=/run/a,,b"), plain(Network::Unix("/run/a,b".into())));
-        let all = card("tap=vm0,mac=02:00:00:00:0a:ff,queues=4,mtu=9000,pcap=a,,b=c.pcap,bps=100M");
-        assert_eq!((all.mac, all.queues, all.mtu), (Some([2, 0, 0, 0, 10, 255]), 4, Some(9000)));
-        assert_eq!((all.pcap, all.bps), (Some("a,b=c.pcap".into()), NonZeroU64::new(100_000_000)));
-        for (bad, words) in [
-            ("none,mtu=1500", "tap=NAME"),
-            ("fd=2", "3 or more"),
-            ("fd=x", "3 or more"),
-            ("tap=a,mac=02:00:00:00:00", "six bytes"),
-            ("tap=a,mac=2:0:0:0:0:1", "six bytes"),
-            ("tap=a,queues=0", "1 to 256"),
-            ("tap=a,mtu=70000", "68 to 65535"),
-            ("tap=a,pcap=", "known are"),
-            ("tap=a,bps=0", "100M"),
-            ("tap=a,bps=99999999999G", "100M"),
-            ("tap=a,speed=1", "known are"),
-            ("tap=a,mac", "known are"),
-            ("unix=a,queues=2", "a tap's"),
-        ] {
-            refused(&["--net", bad], &[words]);
-        }
     }
 
     #[test]

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use vmcore::{Error, Result};
 use vmdevices::Net;
-use vmdevices::net::{self, Capture, Limiter, NetBackend, Rate, Rates, Stream, Tap};
+use vmdevices::net::{self, Action, Capture, Limiter, Nat, NatError, NetBackend, Rate, Rates, Stream, Tap};
 
-use crate::args::{CardArg, Network};
+use crate::args::{CardArg, NatArgs, Network};
 
 /// What a limited card may move at once: a twentieth of a second, and a few packets at least.
 const BURSTS: u64 = 20;
@@ -34,6 +34,7 @@ pub fn card(arg: &CardArg) -> Result<Net> {
     let mut queues = match &arg.network {
         Network::Tap(name) => boxed(Tap::open_queues(name, arg.queues)?),
         Network::Unix(path) => boxed([Stream::connect(path)?]),
+        Network::Nat(options) => boxed([nat(options, arg.mtu)?]),
         Network::Fd(number) => vec![net::from_fd(descriptor(*number))?],
     };
     if let Some(bps) = arg.bps {
@@ -50,10 +51,34 @@ pub fn card(arg: &CardArg) -> Result<Net> {
     if let Some(mac) = arg.mac {
         card = card.mac(mac)?;
     }
-    if let Some(mtu) = arg.mtu {
+    // The NAT has told the card what it takes.
+    if let Some(mtu) = arg.mtu.filter(|_| !matches!(arg.network, Network::Nat(_))) {
         card = card.mtu(mtu)?;
     }
     Ok(card)
+}
+
+fn nat(options: &NatArgs, mtu: Option<u16>) -> std::result::Result<Nat, NatError> {
+    let mut nat = Nat::new()?;
+    for (action, destination) in options.rules.iter().cloned() {
+        nat = match action {
+            Action::Allow => nat.allow(destination),
+            Action::Deny => nat.deny(destination),
+        };
+    }
+    if let Some(action) = options.otherwise {
+        nat = nat.otherwise(action);
+    }
+    if !options.dns.is_empty() {
+        nat = nat.resolvers(options.dns.iter().copied());
+    }
+    if let Some(mtu) = mtu {
+        nat = nat.with_mtu(mtu)?;
+    }
+    if options.host {
+        nat = nat.gateway_is_host();
+    }
+    options.forwards.iter().try_fold(nat, |nat, forward| nat.forward(*forward))
 }
 
 fn boxed<B: NetBackend + 'static>(queues: impl IntoIterator<Item = B>) -> Vec<Box<dyn NetBackend>> {

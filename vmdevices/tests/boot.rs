@@ -6,6 +6,8 @@
 
 mod cards;
 mod devices;
+#[path = "nat/booted.rs"]
+mod nat;
 mod network;
 mod other;
 mod pci;

@@ -645,6 +645,22 @@ fn the_gateway_counts_as_a_hop() {
     assert_eq!(wire.nat.handle().stats().flows, 0);
 }
 
+/// Linux takes an ICMP message only for a segment that it has sent: ports and sequence number.
+#[test]
+fn refusals_quote_what_they_refuse() {
+    let mut wire = Wire::new(nat().deny("198.51.100.0/24".parse().unwrap()), 0);
+    for (protocol, payload) in [(6, syn(1000, 80)), (17, vec![0x12, 0x34, 0, 53, 0, 8, 0, 0])] {
+        wire.send(&frame(protocol, Ipv4Addr::new(198, 51, 100, 1), 64, &payload));
+        let answer = wire.receive().unwrap();
+        assert_eq!(answer[34..36], [3, 13], "{protocol}");
+        let quoted = &answer[42..];
+        assert_eq!((quoted[0], quoted[9]), (0x45, protocol));
+        assert_eq!((&quoted[12..16], &quoted[16..20]), (&ADDRESS.octets()[..], &[198, 51, 100, 1][..]));
+        assert_eq!(quoted[20..28], payload[..8]);
+    }
+    assert_eq!(wire.nat.handle().stats().denied, 2);
+}
+
 /// Frames of all kinds that the NAT knows.
 fn valid_frames() -> Vec<Vec<u8>> {
     let arp = [

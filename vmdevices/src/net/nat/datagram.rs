@@ -108,7 +108,7 @@ impl Datagrams {
                     rustix::net::sendto(socket, payload, flags, peer)
                 }
                 _ => {
-                    env.refuse_flow(key, Refusal::NoPort);
+                    env.refuse_flow(key, Refusal::NoPort, 0);
                     return Fate::Remove;
                 }
             },
@@ -126,9 +126,9 @@ impl Datagrams {
 
     fn report(&self, env: &mut Env, key: &Key, error: Errno) {
         match error {
-            Errno::CONNREFUSED => env.refuse_flow(key, Refusal::NoPort),
-            Errno::HOSTUNREACH => env.refuse_flow(key, Refusal::NoHost),
-            Errno::NETUNREACH => env.refuse_flow(key, Refusal::NoRoute),
+            Errno::CONNREFUSED => env.refuse_flow(key, Refusal::NoPort, 0),
+            Errno::HOSTUNREACH => env.refuse_flow(key, Refusal::NoHost, 0),
+            Errno::NETUNREACH => env.refuse_flow(key, Refusal::NoRoute, 0),
             _ => {}
         }
     }

@@ -133,14 +133,16 @@ impl Env {
     }
 
     /// [`Env::refuse`] for a packet of a flow that is not at hand any more.
-    pub(super) fn refuse_flow(&mut self, key: &Key, refusal: Refusal) {
+    /// A station looks whether the sequence number `seq` is one that it has sent (RFC 5927, section 4.1).
+    pub(super) fn refuse_flow(&mut self, key: &Key, refusal: Refusal, seq: u32) {
         let ends = (key.guest.0, key.peer.0);
         let mut first = [0; 8];
         match key.protocol {
             wire::TCP | wire::UDP => {
                 first[..2].copy_from_slice(&key.guest.1.to_be_bytes());
                 first[2..4].copy_from_slice(&key.peer.1.to_be_bytes());
-                first[5] = if key.protocol == wire::UDP { 8 } else { 0 };
+                let rest = if key.protocol == wire::UDP { 8 << 16 } else { seq };
+                first[4..].copy_from_slice(&rest.to_be_bytes());
             }
             protocol => {
                 first[0] =

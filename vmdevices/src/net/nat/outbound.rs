@@ -246,7 +246,7 @@ impl Nat {
                     self.env.push(packet);
                 }
             }
-            Err(refusal) => self.env.refuse_flow(&key, refusal),
+            Err(refusal) => self.env.refuse_flow(&key, refusal, segment.seq),
         }
     }
 
@@ -364,7 +364,7 @@ impl Nat {
             number = match made {
                 Ok(number) => number,
                 Err(refusal) => {
-                    self.env.refuse_flow(&key, refusal);
+                    self.env.refuse_flow(&key, refusal, 0);
                     return;
                 }
             };

@@ -322,12 +322,12 @@ impl Tcp {
             Errno::NETUNREACH | Errno::ADDRNOTAVAIL | Errno::AFNOSUPPORT
                 if self.state == State::Connecting =>
             {
-                env.refuse_flow(key, Refusal::NoRoute);
+                env.refuse_flow(key, Refusal::NoRoute, self.expected.wrapping_sub(1));
             }
             Errno::HOSTUNREACH | Errno::TIMEDOUT | Errno::ACCESS | Errno::PERM
                 if self.state == State::Connecting =>
             {
-                env.refuse_flow(key, Refusal::NoHost);
+                env.refuse_flow(key, Refusal::NoHost, self.expected.wrapping_sub(1));
             }
             _ => self.reset(env, key),
         }
@@ -343,7 +343,7 @@ impl Tcp {
         };
         if env.now.saturating_duration_since(self.last) >= idle {
             match self.state {
-                State::Connecting => env.refuse_flow(key, Refusal::NoHost),
+                State::Connecting => env.refuse_flow(key, Refusal::NoHost, self.expected.wrapping_sub(1)),
                 _ => self.reset(env, key),
             }
             self.abort(env);
