@@ -5,10 +5,10 @@
 
 mod driver;
 
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -256,6 +256,59 @@ fn packets_go_both_ways_and_wait_for_buffers() {
             }
         }
         assert!(transport.interrupts() > 0);
+    }
+}
+
+/// The peer reads slowly: packets wait in the guest's queue and go on when there is room.
+#[test]
+fn packets_wait_for_a_peer_that_reads_slowly() {
+    const COUNT: u32 = 600;
+    // A machine with an I/O thread: a driver waits for each packet.
+    let machine = Machine::both().nth(1).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let stream = net::Stream::new(ours).unwrap();
+    let (other, datagrams) = UnixDatagram::pair().unwrap();
+    let datagram = net::Datagram::new(other).unwrap();
+    // The next packet of each.
+    let mut theirs = io::BufReader::new(theirs);
+    let from_stream = move || {
+        let (mut length, mut packet) = ([0; 4], Vec::new());
+        theirs.read_exact(&mut length).unwrap();
+        packet.resize(u32::from_be_bytes(length) as usize, 0);
+        theirs.read_exact(&mut packet).unwrap();
+        packet
+    };
+    let from_datagram = move || {
+        let mut packet = vec![0; 2000];
+        let len = datagrams.recv(&mut packet).unwrap();
+        packet.truncate(len);
+        packet
+    };
+    type Reader = Box<dyn FnMut() -> Vec<u8> + Send>;
+    let cases: [(Net, Reader); 2] = [
+        (Net::new(stream).unwrap(), Box::new(from_stream)),
+        (Net::new(datagram).unwrap(), Box::new(from_datagram)),
+    ];
+    for (card, mut read) in cases {
+        let handle = card.handle();
+        let mut driver = VirtIONet::<driver::Memory, _, 16>::new(machine.device(card), 2048).unwrap();
+        let reader = std::thread::spawn(move || {
+            for number in 0..COUNT {
+                if number % 200 == 0 {
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+                let packet = read();
+                assert_eq!((&packet[..4], packet.len()), (&number.to_le_bytes()[..], 1514));
+            }
+        });
+        for number in 0..COUNT {
+            let mut out = driver.new_tx_buffer(1514);
+            out.packet_mut()[..4].copy_from_slice(&number.to_le_bytes());
+            driver.send(out).unwrap();
+        }
+        reader.join().unwrap();
+        let counters = handle.counters();
+        assert_eq!((counters.sent_packets, counters.sent_dropped), (COUNT.into(), 0));
     }
 }
 

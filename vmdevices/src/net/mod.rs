@@ -78,6 +78,10 @@ pub trait NetBackend: Send {
     /// that [holds back](NetBackend::holds_back), readable or writable when there is room again.
     fn source(&self) -> Option<Arc<dyn AsRawFd + Send + Sync>>;
 
+    /// The [source](NetBackend::source) has told of an event: called before the calls for packets that may
+    /// follow, for a back end that has something of its own to go on with.
+    fn event(&mut self) {}
+
     /// Whether a packet that [`NetBackend::send`] refused with `WouldBlock` is to be sent again once
     /// the [source](NetBackend::source) tells of an event. Otherwise it is lost, as any other.
     fn holds_back(&self) -> bool {
@@ -159,6 +163,9 @@ macro_rules! forward {
         }
         fn mtu(&$self) -> Option<u16> {
             $backend.mtu()
+        }
+        fn event(&mut $self) {
+            $backend.event();
         }
         fn save_state(&$self) -> io::Result<Vec<u8>> {
             $backend.save_state()
@@ -246,6 +253,8 @@ mod tests {
         let (memory, places) = memory();
         let map = memory.snapshot();
         buffers(&map, &places).write(&[0xee; HEADER]);
+        // As if there had been one.
+        backend.event();
         match backend.receive(&mut buffers(&map, &places), &mut [0; 100]) {
             Ok(len) => {
                 let mut bytes = vec![0; len];

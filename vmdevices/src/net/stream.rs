@@ -237,6 +237,11 @@ impl NetBackend for Stream {
         true
     }
 
+    fn event(&mut self) {
+        // Whether or not the guest has more to send; where it is not all, there will be another event.
+        drop(self.flush());
+    }
+
     fn send(&mut self, packet: &mut Buffers<'_>) -> io::Result<()> {
         self.flush()?;
         packet.advance(HEADER);
@@ -255,8 +260,6 @@ impl NetBackend for Stream {
     }
 
     fn receive(&mut self, into: &mut Buffers<'_>, _: &mut [u8]) -> io::Result<usize> {
-        // Called for each event, whether or not the guest has more to send.
-        drop(self.flush());
         loop {
             if let Some(frame) = self.frame() {
                 return Ok(deliver(&self.input[frame], into));

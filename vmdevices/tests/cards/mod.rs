@@ -4,13 +4,15 @@ use std::num::NonZeroU64;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vmcore::boot::Linux;
-use vmcore::{Outcome, Vm, VmHandle};
+use vmcore::boot::acpi::{AcpiDevice, AcpiHid, AcpiResource};
+use vmcore::{BusDevice, GuestAddress, Machine, Outcome, Vm, VmHandle};
 use vmdevices::console::{self, Script};
 use vmdevices::net::{Capture, Datagram, Limiter, Rate, Rates, Tap};
-use vmdevices::virtio::NetHandle;
+use vmdevices::virtio::{Interrupt, NetHandle, Threading, VirtioMmio};
 use vmdevices::{Disk, Net, Pc};
 
 use super::network::{ip, namespace};
@@ -297,4 +299,92 @@ fn recorded(path: &Path) {
     }
     assert_eq!(at, bytes.len());
     assert!(types[&[8, 0]] > 1000 && types[&[8, 6]] > 1 && longest > 9000, "{types:x?} {longest}");
+}
+
+/// A machine with one card that goes on elsewhere, with its card on another network, tells that network
+/// where it is. Of the other devices nothing is moved: the guest is not asked for anything there.
+#[test]
+fn a_moved_guest_announces_its_address() {
+    const MEMORY: u64 = 256 << 20;
+    let Some(guests) = guests_with("cloud/initrd.img") else { return };
+    let make = || {
+        let (serial, script) = console::memory().unwrap();
+        let (ours, wire) = UnixDatagram::pair().unwrap();
+        let linux = Linux::new(guests.join("cloud/vmlinuz"))
+            .initrd(guests.join("cloud/initrd.img"))
+            .cmdline("console=ttyS0 panic=-1 vmtest=shell vmnet=192.0.2.2/24");
+        let card = Net::new(Datagram::new(ours).unwrap()).unwrap().mac([2, 0, 0, 0, 0, 3]).unwrap();
+        let device = Arc::new(Mutex::new(None));
+        let attached = device.clone();
+        let vm = Vm::builder()
+            .accel(accel())
+            .memory(MEMORY)
+            .boot(linux)
+            .attach(Pc::new().serial(serial))
+            .attach(move |machine: &mut Machine| {
+                let (base, gsi) = (machine.mmio_window(0x1000)?, machine.allocate_gsi());
+                let threading = Threading::IoThreads(vec![machine.io_thread("net")?]);
+                let interrupt = Interrupt::Line(machine.irq_line(gsi));
+                let device = VirtioMmio::new("net", card, machine.memory().clone(), interrupt, threading)?;
+                let device = Arc::new(Mutex::new(device));
+                *attached.lock().unwrap() = Some(device.clone());
+                machine.mmio(base, 0x1000, device)?;
+                machine.describe(AcpiDevice {
+                    name: "VR00".into(),
+                    hid: AcpiHid::Text("LNRO0005".into()),
+                    uid: 0,
+                    resources: vec![
+                        AcpiResource::Memory { base: base.0, len: 0x1000 },
+                        AcpiResource::Irq { gsi, level: false, shared: true },
+                    ],
+                });
+                Ok(())
+            })
+            .build()
+            .unwrap();
+        let device = device.lock().unwrap().take().unwrap();
+        (vm, script, wire, device)
+    };
+    let (mut vm, script, wire, device) = make();
+    let handle = vm.handle();
+    script.send("stty -echo; echo re''ady\n").unwrap();
+    let typist = std::thread::spawn(move || {
+        let _stop = StopWhenPanicking(handle.clone());
+        script.expect("ready", LIMIT).unwrap();
+        let address =
+            "ip link set eth0 down; ip link set eth0 address 02:00:00:00:07:07; ip link set eth0 up";
+        ask(&script, &format!("{address}; ip addr add 192.0.2.2/24 dev eth0; ip link show eth0"));
+        handle.stop();
+    });
+    let outcome = vm.run_for(LIMIT).unwrap();
+    typist.join().unwrap();
+    assert_eq!(outcome, Outcome::Stopped);
+    let state = vm.handle().pause().unwrap().save().unwrap();
+    let card = device.lock().unwrap().save().unwrap();
+    let mut memory = vec![0; usize::try_from(MEMORY).unwrap()];
+    vm.memory().read(GuestAddress(0), &mut memory).unwrap();
+    drop((vm, device, wire));
+
+    let (mut vm, _script, wire, device) = make();
+    vm.memory().write(GuestAddress(0), &memory).unwrap();
+    vm.handle().pause().unwrap().restore(&state).unwrap();
+    device.lock().unwrap().restore(&card).unwrap();
+    let handle = vm.handle();
+    let watcher = std::thread::spawn(move || {
+        let _stop = StopWhenPanicking(handle.clone());
+        wire.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let (mut bytes, own) = ([0; 2000], [2, 0, 0, 0, 7, 7]);
+        // A gratuitous ARP: from its own address, about its own address.
+        loop {
+            let len = wire.recv(&mut bytes).unwrap();
+            let arp = len >= 42 && bytes[6..14] == [&own[..], &[8, 6]].concat();
+            if arp && bytes[28..32] == [192, 0, 2, 2] && bytes[38..42] == [192, 0, 2, 2] {
+                break;
+            }
+        }
+        handle.stop();
+    });
+    let outcome = vm.run_for(LIMIT).unwrap();
+    watcher.join().unwrap();
+    assert_eq!(outcome, Outcome::Stopped);
 }

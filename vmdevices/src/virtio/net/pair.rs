@@ -294,6 +294,7 @@ impl Worker for Pair {
     }
 
     fn ready(&mut self, _: usize) -> Result<Progress, QueueError> {
+        lock(&self.backend).event();
         self.readable = true;
         let sent = if std::mem::take(&mut self.full) { self.transmit()? } else { Progress::Idle };
         let received = self.receive()?;
