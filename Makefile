@@ -33,7 +33,7 @@ docs:
 
 guests:
 	examples/guest/build cloud generic initrd-cloud initrd-generic initrd-rt initrd-i386 initrd-trixie \
-	  root debian memtest ipxe
+	  root disks debian memtest ipxe
 
 # What is booted on the software CPU besides the KVM.
 SOFT_BOOTS := cloud_kernel_powers_off four_vcpus_and_six_gib_power_off a_panic_resets \
@@ -45,6 +45,7 @@ SOFT_BOOTS := cloud_kernel_powers_off four_vcpus_and_six_gib_power_off a_panic_r
 boot: guests
 	examples/guest/real-kvm cargo test -p vmcore --test contract -- ::kvm::
 	VMCORE_ACCEL=soft VMCORE_REQUIRE_BOOT=1 cargo test -p vmdevices --test boot -- --test-threads=1 $(SOFT_BOOTS)
+	VMCORE_ACCEL=soft VMCORE_REQUIRE_BOOT=1 cargo test -p vmdevices --test boot_disks -- --test-threads=1
 	VMCORE_REQUIRE_BOOT=1 cargo test -p vmdevices --test deterministic
 	examples/guest/real-kvm cargo test -p vmdevices --test boot -- --test-threads=1 --skip other::
 

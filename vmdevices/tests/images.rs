@@ -311,6 +311,77 @@ fn one_writer_or_many_readers_of_every_file_of_a_chain() {
     over(&a).open().unwrap();
 }
 
+/// The host's file system has no room left: an error for the write, and nothing lost; with room again it goes on.
+#[test]
+fn a_full_file_system_costs_nothing_but_the_write() {
+    const MARK: &str = "VMCORE_FULL_FILE_SYSTEM";
+    let Some(directory) = tool::directory() else { return };
+    let Some(full) = std::env::var_os(MARK) else {
+        // A file system of 3 MiB, in a namespace of its own.
+        let mount = "mount -t tmpfs -o size=3m none \"$0\" && exec \"$@\"";
+        let name = "a_full_file_system_costs_nothing_but_the_write";
+        let run = |program: &std::ffi::OsStr, name: &[&str]| {
+            let mut command = std::process::Command::new("unshare");
+            command.args(["-rm", "sh", "-c", mount]).arg(directory.path()).arg(program).args(name);
+            command.env(MARK, directory.path()).status().is_ok_and(|status| status.success())
+        };
+        if !run("true".as_ref(), &[]) {
+            println!("skipped: no file system may be mounted here");
+            return;
+        }
+        assert!(run(std::env::current_exe().unwrap().as_os_str(), &[name, "--exact", "--nocapture"]));
+        return;
+    };
+    let full = Path::new(&full);
+    for (format, options) in [("raw", ""), ("qcow2", ""), ("qcow2", "cluster_size=512")] {
+        let path = create(full, "disk", format, options, "4M");
+        std::fs::write(full.join("ballast"), vec![1; 1 << 20]).unwrap();
+        let image = Image::new(&path, format.parse().unwrap());
+        let mut disk = Modelled::new(image.clone().open().unwrap(), vec![0; LEN]);
+        let data = pattern(1 << 16);
+        let (mut failed, mut at) = (0, 0);
+        while at < LEN {
+            let result = disk.with(1 << 16, |disk, buffers| {
+                let mut rest = &data[..];
+                for slice in buffers.slices() {
+                    slice.copy_from(&rest[..slice.len()]);
+                    rest = &rest[slice.len()..];
+                }
+                disk.write_at(buffers, at as u64)
+            });
+            match result {
+                Ok(()) => disk.model[at..at + (1 << 16)].copy_from_slice(&data),
+                Err(error) => {
+                    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull, "{error}");
+                    // Part of it may be there.
+                    let now = disk.read(at, 1 << 16);
+                    disk.model[at..at + (1 << 16)].copy_from_slice(&now);
+                    failed += 1;
+                }
+            }
+            at += 1 << 16;
+        }
+        println!("{format} {options}: {failed} writes failed");
+        assert!((20..60).contains(&failed), "{format} {options}: {failed}");
+        disk.same();
+        // Room again.
+        std::fs::remove_file(full.join("ballast")).unwrap();
+        disk.disk.flush().unwrap();
+        (0..10).for_each(|_| disk.disk.discard(2 << 20, 1 << 20).unwrap());
+        disk.disk.write_zeroes(0, 1 << 16, false).unwrap();
+        disk.model[..1 << 16].fill(0);
+        let now = [disk.read(2 << 20, 1 << 19), disk.read(5 << 19, 1 << 19)].concat();
+        disk.model[2 << 20..3 << 20].copy_from_slice(&now);
+        disk.same();
+        disk.disk.flush().unwrap();
+        let model = disk.model;
+        drop(disk.disk);
+        assert!(format == "raw" || qemu_img(&format!("check -q -f {format} {}", path.display())));
+        Modelled::new(image.read_only().open().unwrap(), model).same();
+        std::fs::remove_file(path).unwrap();
+    }
+}
+
 /// An image of any bytes, or a real one with any bytes changed, is opened or refused, read or not.
 #[test]
 fn damaged_images_do_no_harm() {

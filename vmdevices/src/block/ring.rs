@@ -162,6 +162,8 @@ impl<T> Ring<T> {
     fn enter(&mut self, want: usize) {
         loop {
             match self.ring.submit_and_wait(want) {
+                // As if it had said that it cannot now.
+                Ok(0) if self.queued > 0 => return,
                 Ok(count) => self.queued = self.queued.saturating_sub(count),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 // EBUSY and EAGAIN: it wants completions to be taken, or memory, first. What is queued

@@ -1,0 +1,9 @@
+//! Any vhdx image.
+#![no_main]
+
+#[path = "../src/images.rs"]
+mod images;
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    images::image(vmdevices::block::Format::Vhdx, input);
+});

@@ -1,0 +1,9 @@
+//! Any vmdk image.
+#![no_main]
+
+#[path = "../src/images.rs"]
+mod images;
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    images::image(vmdevices::block::Format::Vmdk, input);
+});
