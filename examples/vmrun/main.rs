@@ -14,7 +14,7 @@ use vmcore::boot::{Boot, Linux, LinuxEntry, Multiboot, Pvh, Raw, RawMode};
 use vmcore::host::{Report, Status};
 use vmcore::{Accel, Deterministic, Outcome, Vm, VmBuilder};
 use vmdevices::console::{self, Callback, Console, Socket, Stdio};
-use vmdevices::{Disk, Net, Pc, Rng, Vsock};
+use vmdevices::{Balloon, Disk, Net, Pc, Rng, Vsock};
 
 use args::{AccelArg, Args, ConsoleArg, EntryArg, NetArg};
 use stats::Times;
@@ -144,6 +144,11 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
     }
     if let NetArg::Tap(name) = &args.net {
         builder = builder.attach(Net::tap(name)?);
+    }
+    if let Some(bytes) = args.balloon {
+        let balloon = Balloon::new()?;
+        balloon.handle().set_target(bytes)?;
+        builder = builder.attach(balloon);
     }
     if let Some(vsock) = &args.vsock {
         builder = builder.attach(Vsock::new(vsock.cid)?.socket(&vsock.path)?);

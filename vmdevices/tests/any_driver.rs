@@ -14,7 +14,8 @@ use fuzz::{End, LAYOUT, MASK, STEP};
 type Device = fn(&[u8]) -> End;
 
 /// How many queues each has, and what it is.
-const DEVICES: [(usize, &str, Device); 5] = [
+const DEVICES: [(usize, &str, Device); 6] = [
+    (5, "balloon", fuzz::balloon),
     (1, "block", fuzz::block),
     (2, "net", fuzz::net),
     (1, "rng", fuzz::rng),

@@ -15,7 +15,7 @@ use vmdevices::block::BlockBackend;
 use vmdevices::buffers::Buffers;
 use vmdevices::net::{HEADER, MOST_PACKET, NetBackend};
 use vmdevices::virtio::{Interrupt, Threading, VirtioDevice, VirtioMmio};
-use vmdevices::{Disk, Net, Rng, VirtioConsole, Vsock, console};
+use vmdevices::{Balloon, Disk, Net, Rng, VirtioConsole, Vsock, console};
 
 /// Guest memory: 64 KiB in two regions that touch, and behind it a page that the guest cannot write.
 const HALF: u64 = 0x8000;
@@ -74,6 +74,15 @@ pub fn vsock(input: &[u8]) -> End {
     let handle = device.handle();
     let _listener = handle.listen(1).expect("an event");
     handle.connect(2, Duration::ZERO).expect_err("nobody is there");
+    drive(device, input)
+}
+
+/// Drives a balloon that is to hold four pages.
+pub fn balloon(input: &[u8]) -> End {
+    let device = Balloon::new().expect("an event");
+    let handle = device.handle();
+    handle.set_target(4 * PAGE).expect("a few pages");
+    handle.statistics(Duration::ZERO).expect_err("nobody is there");
     drive(device, input)
 }
 

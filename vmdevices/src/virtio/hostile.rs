@@ -1,5 +1,6 @@
 //! Tests with a driver that breaks rules: it writes registers and rings by hand.
 
+mod balloon;
 mod every;
 mod vsock;
 
@@ -707,11 +708,12 @@ proptest! {
             1..200,
         ),
         junk in prop::collection::vec(any::<u16>(), 64),
-        which in 0..4,
+        which in 0..5,
     ) {
         let mut driver = match which {
             0 => Driver::disk(),
             1 => Driver::new(Rng::new(), Threading::Vcpu),
+            3 => Driver::new(Balloon::new().unwrap(), Threading::Vcpu),
             2 => Driver::new(Vsock::new(3).unwrap(), Threading::Vcpu),
             _ => Driver::new(VirtioConsole::new(crate::console::Null), Threading::Vcpu),
         };

@@ -23,6 +23,7 @@
 //! (DEVICE_NEEDS_RESET), a failed request is an I/O error inside the guest.
 
 mod attach;
+mod balloon;
 mod block;
 mod complaints;
 mod console;
@@ -38,6 +39,7 @@ mod runner;
 mod vsock;
 
 pub use attach::{MmioAttach, mmio};
+pub use balloon::{Balloon, BalloonHandle, BalloonStatistics};
 pub use block::Disk;
 pub use console::VirtioConsole;
 pub use device::{

@@ -1,5 +1,6 @@
 //! Devices that a stock kernel drives from a shell on the serial port.
 
+mod balloon;
 mod vsock;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -14,7 +15,7 @@ use vmdevices::console::{self, Script};
 use super::accel;
 
 /// Long enough for what one of these tests does.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// A kernel of `guests` with a shell on its serial port; what `cmdline` adds chooses its root.
 fn machine(guests: &Path, kernel: &str, cmdline: &str, memory_mib: u64) -> (VmBuilder, Script) {
