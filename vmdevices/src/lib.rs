@@ -66,6 +66,7 @@ pub mod buffers;
 pub mod console;
 pub mod legacy;
 pub mod net;
+pub mod paravirtual;
 pub mod rate;
 mod saved;
 mod unix_socket;

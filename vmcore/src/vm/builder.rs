@@ -293,6 +293,7 @@ impl VmBuilder {
         let config = AcpiConfig {
             cpus: &cpus,
             devices: &machine.acpi,
+            aml: &machine.aml,
             power: machine.power.as_ref(),
             pci: None,
             i8042: machine.acpi.iter().any(|device| device.hid == keyboard),

@@ -1,6 +1,7 @@
 //! Devices that a stock kernel drives from a shell on the serial port.
 
 mod balloon;
+mod paravirtual;
 mod vsock;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
