@@ -77,6 +77,15 @@ pub fn vsock(input: &[u8]) -> End {
     drive(device, input)
 }
 
+/// Drives a console with two ports, on the second of which somebody has typed.
+pub fn ports(input: &[u8]) -> End {
+    let (terminal, script) = console::memory().expect("an event");
+    script.send("typed before ".repeat(100)).expect("the device is there");
+    let device = VirtioConsole::new(console::Null).port("agent", terminal).expect("a good name");
+    device.handle().expect("an event").set_size(0, 80, 25).expect("it is a console");
+    drive(device, input)
+}
+
 /// Drives a balloon that is to hold four pages.
 pub fn balloon(input: &[u8]) -> End {
     let device = Balloon::new().expect("an event");

@@ -2,6 +2,7 @@
 
 mod balloon;
 mod every;
+mod ports;
 mod vsock;
 
 use std::collections::VecDeque;

@@ -41,7 +41,7 @@ mod vsock;
 pub use attach::{MmioAttach, mmio};
 pub use balloon::{Balloon, BalloonHandle, BalloonStatistics};
 pub use block::Disk;
-pub use console::VirtioConsole;
+pub use console::{ConsoleHandle, VirtioConsole};
 pub use device::{
     Activation, DeviceType, Progress, Source, Transport, VirtioDevice, Worker, read_config_bytes,
 };

@@ -27,6 +27,11 @@ impl Case {
             "deflation" => (Driver::new(Balloon::new().unwrap(), threading), 1, 0),
             "free pages" => (Driver::new(Balloon::new().unwrap(), threading), 4, WRITE),
             "vsock out" => (Driver::new(Vsock::new(3).unwrap(), threading), 1, 0),
+            // To a driver without the feature there is the first port alone.
+            "port output" => {
+                let device = VirtioConsole::new(console::Null).port("name", console::Null).unwrap();
+                (Driver::new(device, threading), 1, 0)
+            }
             "console input" | "console output" => {
                 let (terminal, script) = console::memory().unwrap();
                 script.send("typed ".repeat(10_000)).unwrap();
@@ -170,7 +175,7 @@ fn notifications_before_driver_ok_and_of_no_queue_are_nothing() {
         // What was offered before is served once the driver is ready, with no further notification.
         case.driver.write(0x70, 15);
         assert_eq!((case.driver.used(), edges.0.load(Ordering::SeqCst)), (1, 1), "{}", case.name);
-        for queue in [5, 7, 0xffff, 0x1_0000, u32::MAX] {
+        for queue in [6, 7, 0xffff, 0x1_0000, u32::MAX] {
             case.driver.write(0x50, queue);
         }
         assert_eq!((case.driver.used(), case.driver.status()), (1, 15), "{}", case.name);
