@@ -186,9 +186,9 @@ impl ConsoleWorker {
                 event::RESIZE => {
                     let size = state.standing.get(number).and_then(|standing| standing.size);
                     let (columns, rows) = size.unwrap_or_default();
-                    // The specification has the columns first. Linux takes the rows first, and always
-                    // did: nobody has the other order.
-                    bytes.extend([rows.to_le_bytes(), columns.to_le_bytes()].concat());
+                    // Columns first, as the specification has it. Linux took the rows first for many
+                    // years; Debian's kernels of today do not.
+                    bytes.extend([columns.to_le_bytes(), rows.to_le_bytes()].concat());
                 }
                 _ => {}
             }

@@ -88,12 +88,12 @@ fn ports_are_introduced_when_the_driver_is_ready() {
     guest.handle.set_size(0, 80, 25).unwrap();
     guest.say(0, 3, 1);
     guest.say(1, 3, 1);
-    let rows_first = vec![25, 0, 80, 0];
+    let columns_first = vec![80, 0, 25, 0];
     assert_eq!(
         guest.all(),
         [
             (0, 4, 1, vec![]),
-            (0, 5, 0, rows_first),
+            (0, 5, 0, columns_first),
             (0, 6, 1, vec![]),
             (1, 7, 1, b"agent".to_vec()),
             (1, 6, 1, vec![]),
