@@ -69,6 +69,10 @@ pub struct Args {
     #[arg(long, value_name = "cid=N,path=PATH", value_parser = vsock)]
     pub vsock: Option<VsockArg>,
 
+    /// A balloon: memory that the guest does not use goes back to the host, and SIZE of it at once
+    #[arg(long, value_name = "SIZE", num_args = 0..=1, default_missing_value = "0", value_parser = balloon)]
+    pub balloon: Option<u64>,
+
     /// Size of the guest's memory: 64M, 2G, ...
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size)]
     pub memory: u64,
@@ -214,6 +218,10 @@ fn vsock(text: &str) -> Result<VsockArg, String> {
     }
 }
 
+fn balloon(text: &str) -> Result<u64, String> {
+    if text == "0" { Ok(0) } else { size(text) }
+}
+
 fn size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.as_bytes().last() {
         Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
@@ -292,6 +300,14 @@ mod tests {
         assert_eq!(console("./a=b"), ConsoleArg::File("./a=b".into()));
         assert_eq!(console("unix=/run/vm.sock"), ConsoleArg::Unix("/run/vm.sock".into()));
         refused(&["--console", "unix="], &["unix=PATH"]);
+    }
+
+    #[test]
+    fn a_balloon_has_a_size_or_none_yet() {
+        assert_eq!(parse(&["--balloon", "--check"]).unwrap().balloon, Some(0));
+        assert_eq!(parse(&["--balloon", "64M"]).unwrap().balloon, Some(64 << 20));
+        assert_eq!(parse(&[]).unwrap().balloon, None);
+        refused(&["--balloon", "many"], &["512M"]);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use vmcore::host::{Report, Status};
 use vmcore::{Accel, Deterministic, Outcome, Vm, VmBuilder};
 use vmdevices::console::{self, Callback, Console, Socket, Stdio};
 use vmdevices::virtio::{self, VirtioDevice};
-use vmdevices::{Pc, Rng, Vsock};
+use vmdevices::{Balloon, Pc, Rng, Vsock};
 
 use args::{AccelArg, Args, ConsoleArg, EntryArg, NetArg, TransportArg};
 use stats::Times;
@@ -149,6 +149,11 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
     }
     if let NetArg::Card(card) = &args.net {
         builder = attach(builder, net::card(card)?, args.transport);
+    }
+    if let Some(bytes) = args.balloon {
+        let balloon = Balloon::new()?;
+        balloon.handle().set_target(bytes)?;
+        builder = builder.attach(balloon);
     }
     if let Some(vsock) = &args.vsock {
         builder = builder.attach(Vsock::new(vsock.cid)?.socket(&vsock.path)?);

@@ -442,3 +442,60 @@ fn ram_is_split_round_the_hole_below_4_gib() {
         says(&error.to_string(), &["0xbffffffc", "ends at 0xc0000000"]);
     }
 }
+
+/// Writes `byte` to every page of 8, and discards pages 2 to 5 with a bit of those around them.
+fn discarded(region: &MemoryRegion, byte: u8) -> (u64, Vec<u8>) {
+    let memory = memory(region);
+    (0..8).for_each(|page| memory.write(GuestAddress(BASE.0 + page * PAGE_SIZE), &[byte; 9]).unwrap());
+    let returned = region.discard(2 * PAGE_SIZE - 100, 4 * PAGE_SIZE + 200).unwrap();
+    let first = |page: u64| memory.load::<u8>(GuestAddress(BASE.0 + page * PAGE_SIZE)).unwrap();
+    (returned, (0..8).map(first).collect())
+}
+
+#[test]
+fn discarded_pages_go_back_to_the_host() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(8 * PAGE_SIZE).unwrap();
+    file.write_all_at(&[3; 8 * PAGE_SIZE as usize], 0).unwrap();
+    let file = Arc::new(file);
+    let in_file = |shared| Backing::File { file: file.clone(), offset: 0, shared };
+    for (backing, after, zero) in [
+        (Backing::Anonymous, [7, 7, 0, 0, 0, 0, 7, 7], true),
+        (Backing::Memfd, [7, 7, 0, 0, 0, 0, 7, 7], true),
+        // What the file has, not what was written over it.
+        (in_file(false), [7, 7, 3, 3, 3, 3, 7, 7], false),
+    ] {
+        let region = region(8 * PAGE_SIZE).backing(backing.clone()).build().unwrap();
+        assert_eq!(region.discards_to_zero(), zero);
+        let memory = memory(&region);
+        (0..8).for_each(|page| memory.write(GuestAddress(BASE.0 + page * PAGE_SIZE), &[7]).unwrap());
+        assert_eq!(resident(&region, 0, 8), 8, "{backing:?}");
+        assert_eq!(region.discard(2 * PAGE_SIZE, 4 * PAGE_SIZE).unwrap(), 4 * PAGE_SIZE);
+        assert_eq!(resident(&region, 0, 8), 4, "{backing:?}");
+        if let (Backing::Memfd, Some((memfd, _))) = (&backing, region.file()) {
+            assert_eq!(memfd.metadata().unwrap().blocks() * 512, 4 * PAGE_SIZE);
+        }
+        assert_eq!(discarded(&region, 7), (4 * PAGE_SIZE, after.to_vec()), "{backing:?}");
+    }
+    // Others see a shared file.
+    let shared = region(8 * PAGE_SIZE).backing(in_file(true)).build().unwrap();
+    assert_eq!(discarded(&shared, 9), (0, vec![9; 8]));
+    let rom = region(8 * PAGE_SIZE).read_only().build().unwrap();
+    assert_eq!(rom.discard(0, 8 * PAGE_SIZE).unwrap(), 0);
+    for (offset, len) in [(0, 9 * PAGE_SIZE), (8 * PAGE_SIZE, 1), (u64::MAX, 2)] {
+        assert!(matches!(shared.discard(offset, len), Err(MemoryError::NotMapped { .. })), "{offset} {len}");
+    }
+    assert_eq!(region(PAGE_SIZE).build().unwrap().discard(1, PAGE_SIZE - 1).unwrap(), 0, "half a page");
+}
+
+#[test]
+fn pinned_pages_stay_and_discarded_ones_are_written_ones() {
+    let region = region(8 * PAGE_SIZE).track_dirty().build().unwrap();
+    let pins = [region.pin(), region.clone().pin()];
+    assert_eq!(discarded(&region, 1), (0, vec![1; 8]));
+    drop(pins);
+    region.take_host_dirty();
+    assert_eq!(region.discard(PAGE_SIZE, 2 * PAGE_SIZE).unwrap(), 2 * PAGE_SIZE);
+    let dirty = region.take_host_dirty().unwrap();
+    assert_eq!(dirty.dirty_offsets().collect::<Vec<_>>(), [PAGE_SIZE, 2 * PAGE_SIZE]);
+}

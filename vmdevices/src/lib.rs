@@ -49,7 +49,7 @@
 //! ```
 //!
 //! [`Pc`] is the board of everything that is not virtio; each of its devices can be attached alone
-//! ([`legacy`]). [`Disk`], [`Net`], [`Rng`], [`VirtioConsole`] and [`Vsock`] are virtio devices behind
+//! ([`legacy`]). [`Disk`], [`Net`], [`Rng`], [`VirtioConsole`], [`Vsock`] and [`Balloon`] are virtio devices behind
 //! virtio-mmio; [`virtio::mmio`] puts any other [`virtio::VirtioDevice`] there, an embedder's own
 //! too, and [`virtio::pci`] puts it on the PCI bus, where devices of other kinds can be as well ([`pci`]).
 //! What disks, networks and consoles are connected to on the host is in [`block`], [`net`] and
@@ -72,10 +72,12 @@ mod complaints;
 pub mod console;
 pub mod legacy;
 pub mod net;
+pub mod paravirtual;
 pub mod pci;
+pub mod rate;
 mod saved;
 mod unix_socket;
 pub mod virtio;
 
 pub use board::Pc;
-pub use virtio::{Disk, Net, Rng, VirtioConsole, Vsock};
+pub use virtio::{Balloon, Disk, Net, Rng, VirtioConsole, Vsock};

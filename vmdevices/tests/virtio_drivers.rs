@@ -10,6 +10,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use driver::Machine;
@@ -123,6 +124,37 @@ fn random_bytes_are_random_and_bounded() {
         assert_ne!(a, b);
         // One request cannot keep the device busy for long.
         assert_eq!(driver.request_entropy(&mut [0; 20000]).unwrap(), 4096);
+    }
+}
+
+#[test]
+fn random_bytes_come_no_faster_than_they_may() {
+    for machine in Machine::both() {
+        let begin = Instant::now();
+        let transport = machine.device(Rng::new().limit(1000, Duration::from_millis(100)));
+        let mut driver = VirtIORng::<driver::Memory, _>::new(transport.clone()).unwrap();
+        // What there is at once, and less where less is left.
+        assert_eq!(driver.request_entropy(&mut [0; 600]).unwrap(), 600);
+        let less = driver.request_entropy(&mut [0; 4096]).unwrap();
+        assert!((1..2000).contains(&less), "{less}");
+        let mut given = 600 + less;
+        // The driver waits for its answer, and somebody has to look at the timer meanwhile.
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::SeqCst) {
+                    transport.poll();
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            });
+            while given < 5000 {
+                given += driver.request_entropy(&mut [0; 500]).unwrap();
+            }
+            done.store(true, Ordering::SeqCst);
+        });
+        // A thousand at once, and then a thousand each 100 ms.
+        let allowed = 1000 + 10 * begin.elapsed().as_millis() + 1;
+        assert!(given as u128 <= allowed, "{given} of {allowed}");
     }
 }
 

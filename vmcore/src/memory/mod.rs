@@ -23,12 +23,14 @@
 //! may be far larger than the host's memory.
 
 mod dirty;
+mod discard;
 mod guest;
 mod mapping;
 mod region;
 mod track;
 
 pub use dirty::DirtyBitmap;
+pub use discard::MemoryPin;
 pub use guest::{GuestMemory, MemoryMap, SliceIter};
 pub use region::{Backing, HugePages, MemoryRegion, NumaPolicy, RegionBuilder};
 pub use track::Tracker;

@@ -5,11 +5,12 @@ use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::FromRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{FileOffset, VolatileMemory, VolatileSlice};
 
+use super::discard::ReturnBy;
 use super::mapping::{Bitmap, Mapping, Request};
 use super::track::{Tracker, WriteObserver};
 use super::{DirtyBitmap, GpaRange, GuestAddress, MemoryError, PAGE_SIZE};
@@ -198,9 +199,24 @@ impl RegionBuilder {
             mapping: Arc::new(mapping),
             read_only: self.read_only,
             host_read_only,
+            return_by: self.return_by(),
+            pins: Arc::default(),
         };
         self.advise(&region)?;
         Ok(region)
+    }
+
+    /// How pages of the region can be returned to the host.
+    fn return_by(&self) -> ReturnBy {
+        let page = self.huge_pages.hugetlb_size().unwrap_or(PAGE_SIZE);
+        match &self.backing {
+            _ if self.read_only => ReturnBy::Nothing,
+            // What others see in a file is not the guest's to throw away.
+            Backing::File { shared: true, .. } => ReturnBy::Nothing,
+            Backing::Memfd => ReturnBy::Hole { page },
+            Backing::Anonymous => ReturnBy::Advice { page, zeroes: true },
+            Backing::File { .. } => ReturnBy::Advice { page, zeroes: false },
+        }
     }
 
     /// The `mmap` flags, and the file for all but anonymous memory.
@@ -331,10 +347,13 @@ fn nodes_with_memory() -> String {
 #[derive(Clone, Debug)]
 pub struct MemoryRegion {
     base: GuestAddress,
-    mapping: Arc<Mapping>,
+    pub(super) mapping: Arc<Mapping>,
     read_only: bool,
     /// The host mapping itself is `PROT_READ`: even [`MemoryRegion::fill`] must not write it.
     host_read_only: bool,
+    pub(super) return_by: ReturnBy,
+    /// How many [`MemoryPin`](super::MemoryPin)s there are.
+    pub(super) pins: Arc<Mutex<usize>>,
 }
 
 impl MemoryRegion {

@@ -58,6 +58,7 @@ pub struct Machine {
     irqchip: bool,
     irqs_given: usize,
     pub(super) acpi: Vec<AcpiDevice>,
+    pub(super) aml: Vec<u8>,
     pub(super) power: Option<PowerPorts>,
     pub(super) pci: Option<PciHost>,
     shared: Vec<Shared>,
@@ -105,6 +106,7 @@ impl Machine {
             irqchip,
             irqs_given: 0,
             acpi: Vec::new(),
+            aml: Vec::new(),
             power: None,
             pci: None,
             shared: Vec::new(),
@@ -291,6 +293,13 @@ impl Machine {
     /// Has the guest find `device` in the ACPI DSDT.
     pub fn describe(&mut self, device: AcpiDevice) {
         self.acpi.push(device);
+    }
+
+    /// Adds `aml`, terms in ACPI's machine language, to the scope `\_SB` of the DSDT: for devices with
+    /// methods and events, which [`Machine::describe`] has no words for. What is no valid AML makes the
+    /// guest leave out the table.
+    pub fn describe_aml(&mut self, aml: &[u8]) {
+        self.aml.extend_from_slice(aml);
     }
 
     /// How many devices with the textual hardware id `hid` are described so far: the next one's

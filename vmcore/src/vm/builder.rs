@@ -308,6 +308,7 @@ impl VmBuilder {
         let config = AcpiConfig {
             cpus: &cpus,
             devices: &machine.acpi,
+            aml: &machine.aml,
             power: machine.power.as_ref(),
             pci: machine.pci.as_ref(),
             i8042: machine.acpi.iter().any(|device| device.hid == keyboard),

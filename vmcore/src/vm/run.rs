@@ -45,6 +45,8 @@ pub enum Outcome {
     Reset(ResetCause),
     /// The guest wrote this value to the exit port.
     Exit(u32),
+    /// The guest's kernel panicked, and told so.
+    Panicked,
     /// Every vCPU is halted with interrupts off or was never started: nothing can wake the guest.
     Halted,
     /// The host stopped the run; it can go on.
@@ -66,6 +68,7 @@ impl Outcome {
             Outcome::PowerOff => "switched off",
             Outcome::Reset(_) => "reset",
             Outcome::Exit(_) => "ended by its exit port",
+            Outcome::Panicked => "panicked",
             Outcome::Halted => "halted for good",
             Outcome::Stopped | Outcome::TimeLimit | Outcome::InstructionLimit => "stopped",
         }

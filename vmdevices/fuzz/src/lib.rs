@@ -17,7 +17,7 @@ use vmdevices::block::BlockBackend;
 use vmdevices::buffers::Buffers;
 use vmdevices::net::{HEADER, MOST_PACKET, NetBackend};
 use vmdevices::virtio::{Interrupt, Threading, VirtioDevice, VirtioMmio};
-use vmdevices::{Disk, Net, Rng, VirtioConsole, Vsock, console};
+use vmdevices::{Balloon, Disk, Net, Rng, VirtioConsole, Vsock, console};
 
 pub use pci::pci;
 
@@ -139,6 +139,24 @@ pub fn vsock(input: &[u8]) -> End {
     let handle = device.handle();
     let _listener = handle.listen(1).expect("an event");
     handle.connect(2, Duration::ZERO).expect_err("nobody is there");
+    drive(device, input)
+}
+
+/// Drives a console with two ports, on the second of which somebody has typed.
+pub fn ports(input: &[u8]) -> End {
+    let (terminal, script) = console::memory().expect("an event");
+    script.send("typed before ".repeat(100)).expect("the device is there");
+    let device = VirtioConsole::new(console::Null).port("agent", terminal).expect("a good name");
+    device.handle().expect("an event").set_size(0, 80, 25).expect("it is a console");
+    drive(device, input)
+}
+
+/// Drives a balloon that is to hold four pages.
+pub fn balloon(input: &[u8]) -> End {
+    let device = Balloon::new().expect("an event");
+    let handle = device.handle();
+    handle.set_target(4 * PAGE).expect("a few pages");
+    handle.statistics(Duration::ZERO).expect_err("nobody is there");
     drive(device, input)
 }
 

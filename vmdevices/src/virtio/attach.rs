@@ -7,6 +7,7 @@ use vmcore::boot::acpi::{AcpiDevice, AcpiHid, AcpiResource};
 use vmcore::{Attach, Error, GuestAddress, IoThread, Machine, Result};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::balloon::Balloon;
 use super::block::Disk;
 use super::console::VirtioConsole;
 use super::device::{Keep, VirtioDevice};
@@ -77,7 +78,7 @@ macro_rules! attach_by_mmio {
     )*};
 }
 
-attach_by_mmio!(Disk, Net, Rng, VirtioConsole, Vsock);
+attach_by_mmio!(Balloon, Disk, Net, Rng, VirtioConsole, Vsock);
 
 impl Attach for MmioAttach {
     fn attach(self: Box<Self>, machine: &mut Machine) -> Result<()> {

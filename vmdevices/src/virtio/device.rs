@@ -23,6 +23,8 @@ impl DeviceType {
     pub const CONSOLE: Self = Self(3);
     /// Entropy source (5.4).
     pub const ENTROPY: Self = Self(4);
+    /// Memory balloon (5.5), the one of virtio 1.
+    pub const BALLOON: Self = Self(5);
     /// Sockets (5.10).
     pub const SOCKET: Self = Self(19);
 }

@@ -1,10 +1,12 @@
 //! Tests with a driver that breaks rules: it writes registers and rings by hand.
 
 mod activation;
+mod balloon;
 mod disks;
 mod every;
 #[path = "../../tests/driver/pci.rs"]
 mod pci_registers;
+mod ports;
 mod vsock;
 
 use std::collections::VecDeque;
@@ -755,13 +757,14 @@ proptest! {
             1..200,
         ),
         junk in prop::collection::vec(any::<u16>(), 64),
-        which in 0..4,
+        which in 0..5,
         behind in prop_oneof![Just(Behind::Mmio), Just(Behind::Pci)],
     ) {
         let mut driver = match which {
             0 => Driver::on(behind, Disk::new(Arc::new(Bytes::new(64))), Threading::Vcpu),
             1 => Driver::on(behind, Rng::new(), Threading::Vcpu),
             2 => Driver::on(behind, Vsock::new(3).unwrap(), Threading::Vcpu),
+            3 => Driver::on(behind, Balloon::new().unwrap(), Threading::Vcpu),
             _ => Driver::on(behind, VirtioConsole::new(crate::console::Null), Threading::Vcpu),
         };
         driver.start();

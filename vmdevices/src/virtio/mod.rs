@@ -28,6 +28,7 @@
 //! (DEVICE_NEEDS_RESET), a failed request is an I/O error inside the guest.
 
 mod attach;
+mod balloon;
 mod block;
 mod console;
 mod device;
@@ -43,8 +44,9 @@ mod runner;
 mod vsock;
 
 pub use attach::{MmioAttach, PciAttach, mmio, pci};
+pub use balloon::{Balloon, BalloonHandle, BalloonStatistics};
 pub use block::{CacheMode, Disk, DiskHandle};
-pub use console::VirtioConsole;
+pub use console::{ConsoleHandle, VirtioConsole};
 pub use device::{
     Activation, DeviceType, Progress, Source, Transport, VirtioDevice, Worker, read_config_bytes,
 };

@@ -1,5 +1,8 @@
 //! Devices that a stock kernel drives from a shell on the serial port.
 
+mod balloon;
+mod console;
+mod paravirtual;
 mod vsock;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -9,16 +12,16 @@ use std::time::Duration;
 use vmcore::boot::Linux;
 use vmcore::{Outcome, Vm, VmBuilder};
 use vmdevices::Pc;
-use vmdevices::console::{self, Script};
+use vmdevices::console::Script;
 
 use super::accel;
 
 /// Long enough for what one of these tests does.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// A kernel of `guests` with a shell on its serial port; what `cmdline` adds chooses its root.
 fn machine(guests: &Path, kernel: &str, cmdline: &str, memory_mib: u64) -> (VmBuilder, Script) {
-    let (serial, script) = console::memory().unwrap();
+    let (serial, script) = vmdevices::console::memory().unwrap();
     let linux = Linux::new(guests.join(kernel).join("vmlinuz"))
         .initrd(guests.join(kernel).join("initrd.img"))
         .cmdline(format!("console=ttyS0 panic=-1 quiet vmtest=shell {cmdline}"));

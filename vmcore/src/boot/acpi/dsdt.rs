@@ -36,6 +36,7 @@ pub(super) fn dsdt(config: &AcpiConfig<'_>) -> Result<Vec<u8>, BootError> {
         }
         device(one, &mut devices.0)?;
     }
+    devices.0.extend_from_slice(config.aml);
     Scope::new("_SB_".into(), vec![&devices]).to_aml_bytes(&mut body);
     Ok(table(*b"DSDT", 2, &body))
 }

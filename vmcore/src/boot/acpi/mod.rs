@@ -37,6 +37,8 @@ pub struct AcpiConfig<'a> {
     pub cpus: &'a [u32],
     /// Devices to be named in the DSDT.
     pub devices: &'a [AcpiDevice],
+    /// More of the DSDT's scope `\_SB`, in AML.
+    pub aml: &'a [u8],
     /// Where the power-management registers are; without them the guest cannot power off by ACPI.
     pub power: Option<&'a PowerPorts>,
     /// The PCI host bridge, if there is one.

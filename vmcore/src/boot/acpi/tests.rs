@@ -50,7 +50,7 @@ fn host() -> PciHost {
 }
 
 fn config<'a>(cpus: &'a [u32], devices: &'a [AcpiDevice], pci: Option<&'a PciHost>) -> AcpiConfig<'a> {
-    AcpiConfig { cpus, devices, power: Some(&POWER), pci, i8042: true, rtc: true, vga: false }
+    AcpiConfig { cpus, devices, aml: b"", power: Some(&POWER), pci, i8042: true, rtc: true, vga: false }
 }
 
 fn sum(bytes: &[u8]) -> u8 {
@@ -106,6 +106,14 @@ fn a_guest_finds_every_table_and_every_checksum_is_right() {
         }
         assert_eq!(u64_at(find(&tables, "MCFG"), 44), 0xe000_0000);
     }
+}
+
+#[test]
+fn a_devices_own_aml_is_in_the_scope_of_the_others() {
+    let aml = b"\x08MORE\x01";
+    let config = AcpiConfig { aml, ..config(&[0], &[], None) };
+    let area = tables(&config, 0xe_0000).unwrap();
+    assert!(find(&walk(&area, 0xe_0000), "DSDT").ends_with(aml));
 }
 
 #[test]

@@ -23,7 +23,15 @@ impl Case {
         let (mut driver, queue, data) = match name {
             "disk" => (Driver::on(behind, Disk::new(Arc::new(Bytes::new(64))), threading), 0, WRITE),
             "rng" => (Driver::on(behind, Rng::new(), threading), 0, WRITE),
+            "balloon" => (Driver::on(behind, Balloon::new().unwrap(), threading), 0, 0),
+            "deflation" => (Driver::on(behind, Balloon::new().unwrap(), threading), 1, 0),
+            "free pages" => (Driver::on(behind, Balloon::new().unwrap(), threading), 4, WRITE),
             "vsock out" => (Driver::on(behind, Vsock::new(3).unwrap(), threading), 1, 0),
+            // To a driver without the feature there is the first port alone.
+            "port output" => {
+                let device = VirtioConsole::new(console::Null).port("name", console::Null).unwrap();
+                (Driver::on(behind, device, threading), 1, 0)
+            }
             "console input" | "console output" => {
                 let (terminal, script) = console::memory().unwrap();
                 script.send("typed ".repeat(10_000)).unwrap();
@@ -168,7 +176,7 @@ fn notifications_before_driver_ok_and_of_no_queue_are_nothing() {
         // What was offered before is served once the driver is ready, with no further notification.
         case.driver.write(0x70, 15);
         assert_eq!((case.driver.used(), edges.0.load(Ordering::SeqCst)), (1, 1), "{}", case.name);
-        for queue in [2, 7, 0xffff, 0x1_0000, u32::MAX] {
+        for queue in [6, 7, 0xffff, 0x1_0000, u32::MAX] {
             case.driver.write(0x50, queue);
         }
         assert_eq!((case.driver.used(), case.driver.status()), (1, 15), "{}", case.name);
@@ -305,6 +313,9 @@ fn devices_know_what_their_own_buffers_must_be() {
     assert_eq!(driven("console input", &one(64, 0)), (true, 0));
     assert_eq!(driven("packets in", &one(11, WRITE)), (true, 0));
     assert_eq!(driven("packets in", &one(64, 0)), (true, 0));
+    // Pages by the thousand million, and none.
+    assert_eq!(driven("balloon", &one(3, 0)), (false, 1));
+    assert_eq!(driven("balloon", &one(64, WRITE)), (false, 1));
     // A packet without all of a header.
     assert_eq!(driven("vsock out", &one(43, 0)), (true, 0));
     assert_eq!(driven("vsock out", &one(64, WRITE)), (true, 0));

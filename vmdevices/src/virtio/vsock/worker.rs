@@ -29,7 +29,7 @@ impl VsockWorker {
     /// Goes on with everything that may have something to do.
     fn turn(&mut self) -> Result<Progress, QueueError> {
         let mut more = self.mux.poll_host();
-        self.tell_reset()?;
+        more |= self.tell_reset()?;
         more |= self.take()? == Progress::More;
         more |= self.give()? == Progress::More;
         Ok(if more { Progress::More } else { Progress::Idle })
@@ -100,21 +100,26 @@ impl VsockWorker {
         Ok(Progress::More)
     }
 
-    /// Tells the guest that its streams are gone, where they are and it has a buffer for that.
-    fn tell_reset(&mut self) -> Result<(), QueueError> {
+    /// Tells the guest that its streams are gone, where they are and it has a buffer for that; `true`
+    /// where one came just now.
+    fn tell_reset(&mut self) -> Result<bool, QueueError> {
         let map = self.memory.snapshot();
-        let Some(queue) = self.queues.get_mut(usize::from(EVENT)) else { return Ok(()) };
+        let Some(queue) = self.queues.get_mut(usize::from(EVENT)) else { return Ok(false) };
         if !self.owes_reset {
-            return Ok(());
+            return Ok(false);
         }
-        let Some(mut chain) = queue.pop(&map)? else { return Ok(()) };
+        let Some(mut chain) = queue.pop(&map)? else {
+            // The guest gives a buffer in its own time.
+            return queue.enable_notifications(&map);
+        };
         let event = TRANSPORT_RESET.to_le_bytes();
         if chain.writable.write(&event) < event.len() {
             return Err(QueueError::Request { queue: EVENT, what: "a buffer without room for an event" });
         }
         queue.push(&map, chain.head, 4)?;
         self.owes_reset = false;
-        queue.signal(&map)
+        queue.signal(&map)?;
+        Ok(false)
     }
 }
 
