@@ -6,7 +6,8 @@ use std::path::Path;
 
 use vmcore::{Error, Result};
 use vmdevices::Net;
-use vmdevices::net::{self, Action, Capture, Limiter, Nat, NatError, NetBackend, Rate, Rates, Stream, Tap};
+use vmdevices::net::{self, Action, Capture, Limiter, Nat, NatError, NetBackend, Rates, Stream, Tap};
+use vmdevices::rate::Rate;
 
 use crate::args::{CardArg, NatArgs, Network};
 
@@ -87,9 +88,7 @@ fn boxed<B: NetBackend + 'static>(queues: impl IntoIterator<Item = B>) -> Vec<Bo
 
 fn limiter(bps: NonZeroU64) -> Limiter {
     let bytes = bps.get().div_ceil(8);
-    let at_least_one = |count| NonZeroU64::new(count).unwrap_or(NonZeroU64::MIN);
-    let rate =
-        Rate { per_second: at_least_one(bytes), burst: at_least_one((bytes / BURSTS).max(LEAST_BURST)) };
+    let rate = Rate { per_second: bytes, burst: (bytes / BURSTS).max(LEAST_BURST) };
     let rates = Rates { bytes: Some(rate), packets: None };
     Limiter::new(rates, rates)
 }

@@ -2,6 +2,23 @@
 
 use std::time::Duration;
 
+/// So many (bytes, requests) each second in the long run, and up to `burst` at once after a time of few.
+/// Of both, zero counts as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// How many each second.
+    pub per_second: u64,
+    /// How many at once.
+    pub burst: u64,
+}
+
+impl Rate {
+    /// `per_second` with a burst of as many.
+    pub fn new(per_second: u64) -> Self {
+        Self { per_second, burst: per_second }
+    }
+}
+
 /// A bucket of tokens (bytes, requests) that fills evenly: what it lets through in a period is at most its
 /// size more than the rate allows, and over time no more than that.
 ///
@@ -20,8 +37,11 @@ use std::time::Duration;
 /// ```
 #[derive(Clone, Debug)]
 pub struct TokenBucket {
-    /// Tokens that it holds, and that come in each period.
+    /// Tokens that it holds.
     size: u64,
+    /// Tokens that come in each period.
+    gain: u64,
+    /// In nanoseconds.
     period: u128,
     /// What is in it, in tokens times nanoseconds of the period, so that nothing is lost by rounding;
     /// below zero where a large request is being paid for.
@@ -34,8 +54,17 @@ impl TokenBucket {
     /// A full bucket of `tokens`, which fills up in `period`. No tokens or no time mean one of each: one
     /// token, one nanosecond.
     pub fn new(tokens: u64, period: Duration) -> Self {
-        let (size, period) = (tokens.max(1), period.as_nanos().max(1));
-        Self { size, period, level: units(size, period), filled: 0 }
+        Self::full(tokens, tokens, period.as_nanos())
+    }
+
+    /// A full bucket of the burst of `rate`, which fills as that says.
+    pub fn with_rate(rate: Rate) -> Self {
+        Self::full(rate.burst, rate.per_second, Duration::from_secs(1).as_nanos())
+    }
+
+    fn full(size: u64, gain: u64, period: u128) -> Self {
+        let (size, gain, period) = (size.max(1), gain.max(1), period.max(1));
+        Self { size, gain, period, level: units(size, period), filled: 0 }
     }
 
     /// Takes `tokens` at the time `now`.
@@ -43,27 +72,36 @@ impl TokenBucket {
     /// # Errors
     /// How long it takes until they can be had, where they are not there: nothing is taken.
     pub fn take(&mut self, tokens: u64, now: Duration) -> Result<(), Duration> {
-        let now = now.as_nanos();
-        let full = units(self.size, self.period);
-        let gained = i128::try_from(now.saturating_sub(self.filled)).unwrap_or(i128::MAX);
-        // Each nanosecond brings as many units as the bucket has tokens.
-        self.level = self.level.saturating_add(gained.saturating_mul(self.size.into())).min(full);
-        self.filled = self.filled.max(now);
-        let cost = units(tokens, self.period);
-        let needed = cost.min(full);
-        if self.level >= needed {
-            self.level = self.level.saturating_sub(cost);
-            return Ok(());
+        let wait = self.wait(tokens, now);
+        if !wait.is_zero() {
+            return Err(wait);
         }
-        let missing = u128::try_from(needed.saturating_sub(self.level)).unwrap_or(0);
-        Err(nanos(missing.div_ceil(self.size.into())))
+        self.spend(tokens);
+        Ok(())
+    }
+
+    /// How long it is from `now` until it has `tokens`, or as many as it holds; zero where it has them.
+    pub fn wait(&mut self, tokens: u64, now: Duration) -> Duration {
+        let now = now.as_nanos();
+        let gained = i128::try_from(now.saturating_sub(self.filled)).unwrap_or(i128::MAX);
+        // Each nanosecond brings as many units as tokens come in a period.
+        let level = self.level.saturating_add(gained.saturating_mul(self.gain.into()));
+        self.level = level.min(units(self.size, self.period));
+        self.filled = self.filled.max(now);
+        let missing = units(tokens.min(self.size), self.period).saturating_sub(self.level);
+        nanos(u128::try_from(missing).unwrap_or(0).div_ceil(self.gain.into()))
+    }
+
+    /// Takes `tokens`, whether they are there or not: what is not is paid for before others can be had.
+    pub fn spend(&mut self, tokens: u64) {
+        self.level = self.level.saturating_sub(units(tokens, self.period));
     }
 
     /// How many tokens can be taken at the time `now`: at least 1 whenever [`TokenBucket::take`] of one
     /// succeeds.
     pub fn available(&mut self, now: Duration) -> u64 {
-        // Taking none fills it.
-        self.take(0, now).ok();
+        // It fills.
+        self.wait(0, now);
         let tokens = u128::try_from(self.level).unwrap_or(0) / self.period;
         u64::try_from(tokens).unwrap_or(u64::MAX)
     }
@@ -95,6 +133,21 @@ mod tests {
         assert_eq!(bucket.take(1, SECOND * 1000 + Duration::from_millis(200)), Ok(()));
         // A clock that goes back brings nothing, and takes nothing.
         assert_eq!(bucket.take(1, SECOND), Err(Duration::from_millis(100)));
+    }
+
+    #[test]
+    fn a_rate_has_a_burst_and_debts() {
+        let mut bucket = TokenBucket::with_rate(Rate { per_second: 100, burst: 5 });
+        assert_eq!(bucket.take(5, Duration::ZERO), Ok(()));
+        bucket.spend(2);
+        assert_eq!(bucket.wait(1, Duration::ZERO), Duration::from_millis(30));
+        assert_eq!(bucket.wait(1, Duration::from_millis(30)), Duration::ZERO);
+        assert_eq!(
+            bucket.wait(1000, Duration::from_millis(30)),
+            Duration::from_millis(40),
+            "no more than it holds"
+        );
+        assert_eq!(bucket.available(SECOND), 5);
     }
 
     #[test]

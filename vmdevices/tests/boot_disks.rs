@@ -16,8 +16,9 @@ use tool::{create, qemu_img};
 use vmcore::boot::Linux;
 use vmcore::host::{self, Status};
 use vmcore::{Accel, Outcome, Vm};
-use vmdevices::block::{Effect, Fault, Faulty, Image, Limits, Operation, Rate};
+use vmdevices::block::{Effect, Fault, Faulty, Image, Limits, Operation};
 use vmdevices::console::Script;
+use vmdevices::rate::Rate;
 use vmdevices::virtio::CacheMode;
 use vmdevices::{Disk, Pc, console};
 

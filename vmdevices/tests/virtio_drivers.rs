@@ -20,6 +20,7 @@ use virtio_drivers::device::net::VirtIONet;
 use virtio_drivers::device::rng::VirtIORng;
 use vmdevices::buffers::Buffers;
 use vmdevices::net::{self, HEADER, NetBackend};
+use vmdevices::rate::Rate;
 use vmdevices::virtio::{Disk, Net, Rng, VirtioConsole};
 use vmdevices::{console, console::Console};
 
@@ -349,8 +350,7 @@ fn packets_wait_for_a_peer_that_reads_slowly() {
 fn cards_of_one_process_talk_to_each_other() {
     for machine in Machine::both() {
         let (one, other) = net::pair().unwrap();
-        let rate = |n: u64| net::Rate { per_second: n.try_into().unwrap(), burst: n.try_into().unwrap() };
-        let rates = net::Rates { packets: Some(rate(1_000_000)), bytes: Some(rate(1_000_000_000)) };
+        let rates = net::Rates { packets: Some(Rate::new(1_000_000)), bytes: Some(Rate::new(1_000_000_000)) };
         let capture = net::Capture::to(io::sink(), 100).unwrap();
         let one = net::Limiter::new(rates, rates).limit(capture.record(one)).unwrap();
         let (one, other) = (Net::new(one).unwrap(), Net::new(other).unwrap());

@@ -3,7 +3,8 @@
 use std::num::NonZeroU16;
 use std::path::PathBuf;
 
-use vmdevices::block::{Format, Limits, Rate};
+use vmdevices::block::{Format, Limits};
+use vmdevices::rate::Rate;
 use vmdevices::virtio::CacheMode;
 
 use super::{parts, size};

@@ -2,21 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-/// A rate: so much each second on average, and up to `burst` at once after a pause.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rate {
-    /// Units (operations or bytes) each second; at least 1.
-    pub per_second: u64,
-    /// Units that may be had at once; at least one tenth of a second's worth counts.
-    pub burst: u64,
-}
-
-impl Rate {
-    /// `per_second` with a burst of as much.
-    pub fn new(per_second: u64) -> Self {
-        Self { per_second, burst: per_second }
-    }
-}
+use crate::rate::{Rate, TokenBucket};
 
 /// What a disk's guest is held to. Each may be left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,71 +13,39 @@ pub struct Limits {
     pub bytes: Option<Rate>,
 }
 
-/// A token bucket. It may go into debt for one request, so that those larger than the burst pass too.
-#[derive(Debug)]
-struct Bucket {
-    rate: Rate,
-    /// Billionths of a unit. Negative: what must be refilled before anything passes.
-    tokens: i128,
-    filled: Instant,
-}
-
-const SCALE: i128 = 1_000_000_000;
-
-impl Bucket {
-    fn new(rate: Rate, now: Instant) -> Self {
-        let per_second = rate.per_second.max(1);
-        let rate = Rate { per_second, burst: rate.burst.max(per_second / 10).max(1) };
-        Self { rate, tokens: i128::from(rate.burst) * SCALE, filled: now }
-    }
-
-    fn fill(&mut self, now: Instant) {
-        let passed = i128::try_from(now.saturating_duration_since(self.filled).as_nanos()).unwrap_or(SCALE);
-        self.filled = self.filled.max(now);
-        let more = passed.saturating_mul(self.rate.per_second.into());
-        self.tokens = self.tokens.saturating_add(more).min(i128::from(self.rate.burst) * SCALE);
-    }
-
-    /// How long until the debt is paid; zero where something may pass.
-    fn wait(&self) -> Duration {
-        if self.tokens > 0 {
-            return Duration::ZERO;
-        }
-        let nanoseconds = (1 - self.tokens).div_euclid(self.rate.per_second.into()) + 1;
-        Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
-    }
-}
-
 /// Holds requests to [`Limits`]. It never sleeps: who is refused is told when to come again.
 #[derive(Debug)]
 pub(crate) struct Limiter {
-    operations: Option<Bucket>,
-    bytes: Option<Bucket>,
+    begin: Instant,
+    operations: Option<TokenBucket>,
+    bytes: Option<TokenBucket>,
 }
 
 impl Limiter {
     pub(crate) fn new(limits: Limits, now: Instant) -> Self {
-        let bucket = |rate: Option<Rate>| rate.map(|rate| Bucket::new(rate, now));
-        Self { operations: bucket(limits.operations), bytes: bucket(limits.bytes) }
+        let bucket = |rate: Option<Rate>| {
+            rate.map(|Rate { per_second, burst }| {
+                // Less than a tenth of a second's worth at once would hold up what the rate allows.
+                TokenBucket::with_rate(Rate { per_second, burst: burst.max(per_second / 10) })
+            })
+        };
+        Self { begin: now, operations: bucket(limits.operations), bytes: bucket(limits.bytes) }
     }
 
-    /// Lets a request of `bytes` pass at time `now`, or says how long it has to wait.
+    /// Lets a request of `bytes` pass at time `now`, or says how long it has to wait. While there is anything
+    /// to be had a request passes, however large, and leaves a debt.
     pub(crate) fn admit(&mut self, bytes: u64, now: Instant) -> Result<(), Duration> {
-        let buckets = [(&mut self.operations, 1), (&mut self.bytes, bytes)];
-        let mut longest = Duration::ZERO;
-        let mut passed = buckets.map(|(bucket, cost)| {
-            let bucket = bucket.as_mut();
-            bucket.map(|bucket| {
-                bucket.fill(now);
-                longest = longest.max(bucket.wait());
-                (bucket, cost)
-            })
-        });
-        if !longest.is_zero() {
-            return Err(longest);
+        let now = now.saturating_duration_since(self.begin);
+        let mut buckets = [(&mut self.operations, 1), (&mut self.bytes, bytes)];
+        let waits = buckets.iter_mut().filter_map(|(bucket, _)| bucket.as_mut().map(|b| b.wait(1, now)));
+        match waits.max() {
+            Some(wait) if !wait.is_zero() => return Err(wait),
+            _ => {}
         }
-        for (bucket, cost) in passed.iter_mut().flatten() {
-            bucket.tokens -= i128::from(*cost) * SCALE;
+        for (bucket, cost) in buckets {
+            if let Some(bucket) = bucket {
+                bucket.spend(cost);
+            }
         }
         Ok(())
     }

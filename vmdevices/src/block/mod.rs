@@ -28,7 +28,7 @@ pub use error::DiskError;
 pub use faulty::{Effect, Fault, Faulty, Operation};
 pub use image::{Format, Image};
 pub(crate) use limit::Limiter;
-pub use limit::{Limits, Rate};
+pub use limit::Limits;
 pub(crate) use pool::Pool;
 pub use raw::{RawFile, RawOptions};
 pub(crate) use ring::{Ring, Transfer};

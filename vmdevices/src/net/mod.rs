@@ -24,7 +24,7 @@ use crate::buffers::Buffers;
 pub use capture::{Capture, Captured};
 pub use datagram::Datagram;
 pub use hub::{Hub, Port, pair};
-pub use limit::{Limited, Limiter, Rate, Rates};
+pub use limit::{Limited, Limiter, Rates};
 pub use nat::{Action, Cidr, Destination, Forward, Nat, NatError, NatHandle, NatStats, Protocol, RuleCount};
 pub use stream::Stream;
 pub use tap::{Tap, TapError};

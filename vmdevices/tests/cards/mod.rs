@@ -1,6 +1,5 @@
 //! Network cards under Linux, with everything that a driver can ask of them.
 
-use std::num::NonZeroU64;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -11,7 +10,8 @@ use vmcore::boot::Linux;
 use vmcore::boot::acpi::{AcpiDevice, AcpiHid, AcpiResource};
 use vmcore::{BusDevice, GuestAddress, Machine, Outcome, Vm, VmHandle};
 use vmdevices::console::{self, Script};
-use vmdevices::net::{Capture, Datagram, Limiter, Rate, Rates, Tap};
+use vmdevices::net::{Capture, Datagram, Limiter, Rates, Tap};
+use vmdevices::rate::Rate;
 use vmdevices::virtio::{Interrupt, NetHandle, Threading, VirtioMmio};
 use vmdevices::{Disk, Net, Pc};
 
@@ -54,8 +54,7 @@ fn network_cards_do_what_linux_asks_of_them() {
     let (ours, raw) = UnixDatagram::pair().unwrap();
     let second = Net::new(Datagram::new(ours).unwrap()).unwrap().mac(station(1)).unwrap();
     let (ours, limited) = UnixDatagram::pair().unwrap();
-    let number = |n: u64| NonZeroU64::new(n).unwrap();
-    let rates = Rates { packets: Some(Rate { per_second: number(1), burst: number(BURST) }), bytes: None };
+    let rates = Rates { packets: Some(Rate { per_second: 1, burst: BURST }), bytes: None };
     let limiter = Limiter::new(rates, Rates::default());
     let third = limiter.limit(Datagram::new(ours).unwrap()).unwrap();
     let third = Net::new(third).unwrap().mac(station(2)).unwrap();

@@ -79,7 +79,7 @@ pub enum CacheMode {
 ///
 /// ```no_run
 /// use vmdevices::Disk;
-/// use vmdevices::block::{Limits, Rate};
+/// use vmdevices::{block::Limits, rate::Rate};
 ///
 /// # fn main() -> Result<(), vmdevices::block::DiskError> {
 /// let limits = Limits { operations: Some(Rate::new(500)), ..Limits::default() };

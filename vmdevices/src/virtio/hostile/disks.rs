@@ -5,7 +5,8 @@ use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
 
 use super::*;
-use crate::block::{Effect, Fault, Faulty, Limits, Operation, Rate, RawFile, RawOptions, Topology};
+use crate::block::{Effect, Fault, Faulty, Limits, Operation, RawFile, RawOptions, Topology};
+use crate::rate::Rate;
 use crate::virtio::block::{CacheMode, Disk, DiskHandle};
 
 const FLUSH: u64 = 1 << 9;
