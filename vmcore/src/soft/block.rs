@@ -38,8 +38,8 @@ const BYTES_AROUND: usize = 2 * size_of::<((u64, u8), Box<Block>)>() + 2 * size_
 /// Retired blocks kept before the jump cache is cleared to free them.
 const MOST_RETIRED: usize = 512;
 
-/// Entries of the jump cache: a power of two.
-const JUMPS: usize = 8192;
+/// Entries of the jump cache: a power of two. They take half a MiB.
+const JUMPS: usize = 1 << 14;
 
 /// A decoded block. It has at least one instruction, and its last sets RIP.
 #[derive(Debug)]
@@ -93,6 +93,11 @@ impl Found {
 const NOWHERE: Jump =
     Jump { rip: 1 << 63, context: 0, found: Found { ops: std::ptr::null(), block: NonNull::dangling() } };
 
+/// A jump cache that knows nothing, made where it is to stay: it is large for a stack.
+fn no_jumps() -> Box<[Jump; JUMPS]> {
+    vec![NOWHERE; JUMPS].try_into().unwrap_or_else(|_| Box::new([NOWHERE; JUMPS]))
+}
+
 /// Addresses spread well enough by one multiplication.
 #[derive(Default)]
 pub(in crate::soft) struct AddressHasher(u64);
@@ -139,7 +144,7 @@ impl BlockCache {
             blocks: Map::default(),
             pages: Map::default(),
             retired: Vec::new(),
-            jumps: Box::new([NOWHERE; JUMPS]),
+            jumps: no_jumps(),
             bytes: 0,
             current: None,
         }
@@ -201,15 +206,18 @@ impl BlockCache {
         (self.bytes, MOST_BYTES)
     }
 
-    fn jump_index(rip: u64) -> usize {
-        (rip ^ rip >> 13) as usize & (JUMPS - 1)
+    /// Contexts have places of their own: one process does not displace what another one executes of the
+    /// kernel.
+    #[inline(always)]
+    fn jump_index(rip: u64, context: u64) -> usize {
+        (rip ^ rip >> 14 ^ context) as usize & (JUMPS - 1)
     }
 }
 
 /// What a retired block does.
 fn again(cpu: &mut Cpu, _: &Op) -> Flow {
     // RIP is the start of the block.
-    let jump = BlockCache::jump_index(cpu.block_address());
+    let jump = BlockCache::jump_index(cpu.block_address(), cpu.mmu.context());
     cpu.blocks.jumps[jump] = NOWHERE;
     Err(Stop::Again)
 }
@@ -237,7 +245,7 @@ impl Cpu {
     pub(in crate::soft) fn find_block(&mut self) -> Result<Found, Stop> {
         let rip = self.block_address();
         let context = self.mmu.context();
-        let jump = &self.blocks.jumps[BlockCache::jump_index(rip)];
+        let jump = &self.blocks.jumps[BlockCache::jump_index(rip, context)];
         if jump.rip == rip && jump.context == context {
             // It may be retired, and is forgotten then when it is run. It lives until `clear` or
             // `sweep`, which leave no pointers here.
@@ -271,7 +279,7 @@ impl Cpu {
         let found = Found::new(unsafe { block.as_ref() });
         let rip = self.block_address();
         let context = self.mmu.context();
-        self.blocks.jumps[BlockCache::jump_index(rip)] = Jump { rip, context, found };
+        self.blocks.jumps[BlockCache::jump_index(rip, context)] = Jump { rip, context, found };
         Ok(found)
     }
 
@@ -361,8 +369,9 @@ impl Cpu {
             return Err(Stop::Next);
         }
         let rip = self.block_address();
-        let jump = &self.blocks.jumps[BlockCache::jump_index(rip)];
-        if jump.rip != rip || jump.context != self.mmu.context() {
+        let context = self.mmu.context();
+        let jump = &self.blocks.jumps[BlockCache::jump_index(rip, context)];
+        if jump.rip != rip || jump.context != context {
             return Err(Stop::Next);
         }
         let found = jump.found;

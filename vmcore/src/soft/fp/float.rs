@@ -188,7 +188,7 @@ fn arithmetic<A: Arithmetic, N: Number, const MEMORY: bool>(cpu: &mut Cpu, op: &
         && let Some(result) = A::apply(a, b)
     {
         set_scalar(cpu, op.dst, result);
-        return Ok(());
+        return cpu.go_on(op);
     }
     vector::scalar_operation(cpu, op, b.bits().zext())
 }
@@ -201,7 +201,7 @@ fn compare<N: Number, const MEMORY: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     if usual_control(cpu) && a.plain() && b.plain() {
         let below = if a < b { CF } else { 0 };
         cpu.flags.set_bits(if a == b { ZF } else { below });
-        return Ok(());
+        return cpu.go_on(op);
     }
     vector::scalar_comparison(cpu, op, b.bits().zext())
 }
@@ -211,7 +211,7 @@ fn from_int32<const MEMORY: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.sse()?;
     let value: u32 = if MEMORY { cpu.load_operand(op)? } else { cpu.reg(op.src) };
     set_scalar(cpu, op.dst, f64::from(value.cast_signed()));
-    Ok(())
+    cpu.go_on(op)
 }
 
 /// CVTSI2SD from 64 bits, which small numbers make exact.
@@ -221,7 +221,7 @@ fn from_int64<const MEMORY: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     let exact = value.wrapping_add(1 << 53) <= 1 << 54;
     if exact || usual(cpu) {
         set_scalar(cpu, op.dst, value.cast_signed() as f64);
-        return Ok(());
+        return cpu.go_on(op);
     }
     vector::scalar_operation(cpu, op, value)
 }
@@ -236,7 +236,7 @@ fn to_int<N: Number, W: Word, const MEMORY: bool>(cpu: &mut Cpu, op: &Op) -> Flo
     if usual(cpu) && wide.abs() < limit {
         let truncated = wide as i64;
         cpu.set_reg(op.dst, W::cut(truncated.cast_unsigned()));
-        return Ok(());
+        return cpu.go_on(op);
     }
     vector::scalar_conversion(cpu, op, value.bits().zext())
 }
@@ -248,7 +248,7 @@ fn narrow<const MEMORY: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     let result = value as f32;
     if usual(cpu) && value.plain() && result.normal() && result.abs() > f32::MIN_POSITIVE {
         set_scalar(cpu, op.dst, result);
-        return Ok(());
+        return cpu.go_on(op);
     }
     vector::scalar_operation(cpu, op, value.to_bits())
 }
@@ -259,7 +259,7 @@ fn widen<const MEMORY: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     let value = source::<f32, MEMORY>(cpu, op)?;
     if usual_control(cpu) && value.plain() {
         set_scalar(cpu, op.dst, f64::from(value));
-        return Ok(());
+        return cpu.go_on(op);
     }
     vector::scalar_operation(cpu, op, value.to_bits().into())
 }

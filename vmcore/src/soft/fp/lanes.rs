@@ -18,12 +18,20 @@ fn registers<L: Lanes>(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.sse()?;
     let result = L::apply(cpu.fp.xmm(op.dst), cpu.fp.xmm(op.src));
     cpu.fp.set_xmm(op.dst, result);
-    Ok(())
+    cpu.go_on(op)
 }
 
 fn with_memory<L: Lanes>(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.sse()?;
     let at = cpu.vector_address(op, true, false)?;
+    let Some(value) = cpu.load_vector_fast(at) else { return with_memory_slow::<L>(cpu, op, at) };
+    let result = L::apply(cpu.fp.xmm(op.dst), value);
+    cpu.fp.set_xmm(op.dst, result);
+    cpu.go_on(op)
+}
+
+#[cold]
+fn with_memory_slow<L: Lanes>(cpu: &mut Cpu, op: &Op, at: u64) -> Flow {
     let value = cpu.load_vector(at)?;
     let result = L::apply(cpu.fp.xmm(op.dst), value);
     cpu.fp.set_xmm(op.dst, result);
@@ -36,7 +44,7 @@ fn byte_mask(cpu: &mut Cpu, op: &Op) -> Flow {
     // SAFETY: every x86-64 CPU has SSE2.
     let mask = unsafe { _mm_movemask_epi8(cpu.fp.xmm(op.src)) };
     cpu.set_r64(op.dst.into(), u64::from(mask.cast_unsigned()));
-    Ok(())
+    cpu.go_on(op)
 }
 
 macro_rules! lanes {

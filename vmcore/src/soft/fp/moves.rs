@@ -61,12 +61,19 @@ fn copy(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.sse()?;
     let value = cpu.fp.xmm(op.src);
     cpu.fp.set_xmm(op.dst, value);
-    Ok(())
+    cpu.go_on(op)
 }
 
 fn load<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.sse()?;
     let at = cpu.vector_address(op, ALIGNED, false)?;
+    let Some(value) = cpu.load_vector_fast(at) else { return load_slow(cpu, op, at) };
+    cpu.fp.set_xmm(op.dst, value);
+    cpu.go_on(op)
+}
+
+#[cold]
+fn load_slow(cpu: &mut Cpu, op: &Op, at: u64) -> Flow {
     let value = cpu.load_vector(at)?;
     cpu.fp.set_xmm(op.dst, value);
     Ok(())
@@ -75,7 +82,10 @@ fn load<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
 fn store<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.sse()?;
     let at = cpu.vector_address(op, ALIGNED, true)?;
-    cpu.store_vector(at, cpu.fp.xmm(op.dst))
+    if !cpu.store_vector_fast(at, cpu.fp.xmm(op.dst)) {
+        return cpu.store_vector(at, cpu.fp.xmm(op.dst));
+    }
+    cpu.go_on(op)
 }
 
 /// The low part from memory, zeros above.
@@ -83,14 +93,14 @@ fn load_low<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.sse()?;
     let value = cpu.load_operand::<W>(op)?;
     cpu.fp.set_xmm_words(op.dst, [value.zext(), 0]);
-    Ok(())
+    cpu.go_on(op)
 }
 
 fn copy_low(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.sse()?;
     let value = cpu.fp.xmm_words(op.src);
     cpu.fp.set_xmm_words(op.dst, [value[0], 0]);
-    Ok(())
+    cpu.go_on(op)
 }
 
 /// The bits of `MASK` from the source, the others stay.
@@ -98,7 +108,7 @@ fn merge<const MASK: u64>(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.sse()?;
     let (source, target) = (cpu.fp.xmm_words(op.src), cpu.fp.xmm_words(op.dst));
     cpu.fp.set_xmm_words(op.dst, [source[0] & MASK | target[0] & !MASK, target[1]]);
-    Ok(())
+    cpu.go_on(op)
 }
 
 fn load_half<const HALF: usize>(cpu: &mut Cpu, op: &Op) -> Flow {
@@ -107,28 +117,29 @@ fn load_half<const HALF: usize>(cpu: &mut Cpu, op: &Op) -> Flow {
     let mut both = cpu.fp.xmm_words(op.dst);
     both[HALF] = value;
     cpu.fp.set_xmm_words(op.dst, both);
-    Ok(())
+    cpu.go_on(op)
 }
 
 /// The low `W` of a half to memory.
 fn store_half<W: Word, const HALF: usize>(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.sse()?;
     let value = W::cut(cpu.fp.xmm_words(op.dst)[HALF]);
-    cpu.store_operand(op, value)
+    cpu.store_operand(op, value)?;
+    cpu.go_on(op)
 }
 
 fn from_general<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.sse()?;
     let value = cpu.reg::<W>(op.src).zext();
     cpu.fp.set_xmm_words(op.dst, [value, 0]);
-    Ok(())
+    cpu.go_on(op)
 }
 
 fn to_general<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.sse()?;
     let value = W::cut(cpu.fp.xmm_words(op.src)[0]);
     cpu.set_reg(op.dst, value);
-    Ok(())
+    cpu.go_on(op)
 }
 
 fn store_general<W: Word>(cpu: &mut Cpu, op: &Op) -> Flow {

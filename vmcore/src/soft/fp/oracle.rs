@@ -17,6 +17,7 @@ use iced_x86::{
 use super::offered;
 use crate::backend::{BackendConfig, BackendVm, Slot};
 use crate::memory::{GuestAddress, MemoryRegion};
+use crate::soft::block::Found;
 use crate::soft::cpu::flags::ARITHMETIC;
 use crate::soft::cpu::op::Stop;
 use crate::soft::cpu::{CS, Cpu, DS, SS, cr0, cr4, efer};
@@ -356,16 +357,13 @@ impl Guest {
     /// Executes one instruction; the fault it raises.
     pub(super) fn execute(&mut self, bytes: &[u8]) -> Option<u8> {
         let cpu = &mut self.cpu;
-        cpu.set_rip(HERE);
-        let op = decode(bytes, HERE, 0, cpu.mode, cpu.isa, &cpu.machine.thunks).unwrap().op;
-        match op.run.get()(cpu, &op) {
-            Ok(()) => None,
-            Err(Stop::Next) => {
+        match execute_at(cpu, HERE, bytes) {
+            Stop::Next => {
                 assert_eq!(cpu.rip(), HERE + bytes.len() as u64);
                 None
             }
-            Err(Stop::Fault) => Some(cpu.fault.vector),
-            Err(stop) => panic!("{stop:?}"),
+            Stop::Fault => Some(cpu.fault.vector),
+            stop => panic!("{stop:?}"),
         }
     }
 
@@ -380,6 +378,13 @@ impl Guest {
             fault,
         }
     }
+}
+
+/// Executes one instruction that is at `rip`, in a block of its own: handlers go on to what is behind them.
+pub(super) fn execute_at(cpu: &mut Cpu, rip: u64, bytes: &[u8]) -> Stop {
+    cpu.set_rip(rip);
+    let block = Cpu::block_of(decode(bytes, rip, 0, cpu.mode, cpu.isa, &cpu.machine.thunks).unwrap());
+    cpu.run_block(Found::new(&block), 0)
 }
 
 /// A random state; `strict` also with exceptions that are not masked, and pending ones.

@@ -121,6 +121,12 @@ fn registers<P: Packed>(cpu: &mut Cpu, op: &Op) -> Flow {
 fn with_memory<P: Packed>(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.sse()?;
     let at = cpu.vector_address(op, true, false)?;
+    let Some(b) = cpu.load_vector_fast(at) else { return with_memory_slow::<P>(cpu, op, at) };
+    compute::<P>(cpu, op, b)
+}
+
+#[cold]
+fn with_memory_slow<P: Packed>(cpu: &mut Cpu, op: &Op, at: u64) -> Flow {
     let b = cpu.load_vector(at)?;
     compute::<P>(cpu, op, b)
 }
@@ -132,7 +138,7 @@ fn compute<P: Packed>(cpu: &mut Cpu, op: &Op, b: __m128i) -> Flow {
         let result = unsafe { P::apply(cpu.fp.xmm(op.dst), b) };
         if let Some(result) = result {
             cpu.fp.set_xmm(op.dst, result);
-            return Ok(());
+            return cpu.go_on(op);
         }
     }
     vector::operation(cpu, op, b)

@@ -3,7 +3,8 @@
 
 use iced_x86::code_asm::*;
 
-use super::oracle::{Guest, Host, Random, State, difference, state};
+use super::oracle::{Guest, Host, Random, State, difference, execute_at, state};
+use crate::soft::cpu::op::Stop;
 use crate::soft::cpu::{CS, Cpu, RAX, RBX, RCX, RDX, cr0, cr4, vector};
 use crate::state::Segment;
 
@@ -173,10 +174,7 @@ fn real_mode_environments_have_linear_addresses() {
     cpu.paging_changed();
     cpu.fp.init_x87();
     let run = |cpu: &mut Cpu, bytes: &[u8]| {
-        cpu.set_rip(0x100);
-        let op =
-            crate::soft::decode::decode(bytes, 0x100, 0, cpu.mode, cpu.isa, &cpu.machine.thunks).unwrap().op;
-        assert_eq!(op.run.get()(cpu, &op), Ok(()), "{bytes:02x?}");
+        assert_eq!(execute_at(cpu, 0x100, bytes), Stop::Next, "{bytes:02x?}");
     };
     cpu.set_r64(RBX, 0x200);
     run(cpu, &[0xdd, 0x07]); // fld qword [bx]
@@ -205,10 +203,7 @@ fn thirty_two_bit_code_has_eight_registers() {
     guest.cpu.set_segment(CS, code);
     guest.cpu.paging_changed();
     let run = |cpu: &mut Cpu, bytes: &[u8]| {
-        cpu.set_rip(0x100);
-        let op =
-            crate::soft::decode::decode(bytes, 0x100, 0, cpu.mode, cpu.isa, &cpu.machine.thunks).unwrap().op;
-        assert_eq!(op.run.get()(cpu, &op), Ok(()), "{bytes:02x?}");
+        assert_eq!(execute_at(cpu, 0x100, bytes), Stop::Next, "{bytes:02x?}");
     };
     run(&mut guest.cpu, &assemble(32, |a| a.fxsave(ptr(ebx))));
     assert_eq!(guest.memory()[AREA + 160..AREA + 288], before.fx[160..288]);

@@ -109,50 +109,80 @@ pub(super) struct Bank {
     pub(super) execute: Table,
     /// Changes whenever a translation for execution is dropped that was used in this context.
     pub(super) context: u64,
-    /// A translation for execution has been displaced since `context` changed: what it led to may still
-    /// be in use, and no dropping of translations will find it.
-    displaced: bool,
+    /// The pages whose translations for execution have been displaced since `context` changed: what they
+    /// led to may still be in use, and no dropping of translations will find it.
+    displaced: Pages,
+    /// One of those was not global.
+    displaced_local: bool,
     /// Whether anything was entered since the last clearing.
     used: bool,
-    /// Which 2 MiB and 1 GiB pages parts were entered of, as bit sets of hashes: INVLPG of one address
-    /// drops all of its page.
-    large: [u64; 64],
-    huge: u64,
+    /// Which 2 MiB and 1 GiB pages parts were entered of: INVLPG of one address drops all of its page.
+    large: Pages,
+    huge: Pages,
+}
+
+/// A set of page numbers, which may seem to have some that it has not.
+#[derive(Clone, Copy, Debug)]
+struct Pages([u64; 64]);
+
+impl Pages {
+    const NONE: Self = Self([0; 64]);
+
+    /// The word and the bit of a page number. All of its bits count: a kernel's pages are to be told from
+    /// a process'.
+    fn place(number: u64) -> (usize, u64) {
+        let hash = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
+        ((hash >> 6) as usize & 63, 1 << (hash & 63))
+    }
+
+    fn insert(&mut self, number: u64) {
+        let (word, bit) = Self::place(number);
+        self.0[word] |= bit;
+    }
+
+    fn has(&self, number: u64) -> bool {
+        let (word, bit) = Self::place(number);
+        self.0[word] & bit != 0
+    }
 }
 
 impl Bank {
     /// Notes that `at` lies in a page of `1 << size` bytes.
     pub(super) fn note_size(&mut self, at: u64, size: u32) {
         match size {
-            13..=22 => self.large[(at >> 27) as usize & 63] |= 1 << (at >> 21 & 63),
-            30 => self.huge |= 1 << (at >> 30 & 63),
+            // By 4 MiB, as 32-bit paging has them: INVLPG may name either half.
+            13..=22 => self.large.insert(at >> 22),
+            30 => self.huge.insert(at >> 30),
             _ => {}
         }
     }
 
     /// Notes that a translation for execution of `at` is about to be entered.
     pub(super) fn displace_executed(&mut self, at: u64) {
-        let entry = self.execute.entries[index(at)];
-        self.displaced |= entry.tag & EMPTY == 0 && entry.tag & PAGE != at & PAGE;
+        let n = index(at);
+        let entry = self.execute.entries[n];
+        if entry.tag & EMPTY == 0 && entry.tag & PAGE != at & PAGE {
+            self.displaced.insert(entry.tag >> 12);
+            self.displaced_local |= self.execute.gpa[n] & GLOBAL == 0;
+        }
     }
 
     /// Begins another context.
     fn change_context(&mut self, contexts: &mut u64) {
-        *contexts += 1;
-        self.context = *contexts;
-        self.displaced = false;
+        self.context = Banks::next_context(contexts);
+        self.displaced = Pages::NONE;
+        self.displaced_local = false;
     }
 
     /// Drops the translations of the page of `at`, whatever its size. Returns whether one for execution
     /// may have been among them.
     fn clear_page(&mut self, at: u64) -> bool {
-        let shift = if self.huge & 1 << (at >> 30 & 63) != 0 {
+        let shift = if self.huge.has(at >> 30) {
             30
-        } else if self.large[(at >> 27) as usize & 63] & 1 << (at >> 21 & 63) != 0 {
-            // 4 MiB for the pages of 32-bit paging.
+        } else if self.large.has(at >> 22) {
             22
         } else {
-            let executed = self.displaced || self.execute.find(at).is_some();
+            let executed = self.displaced.has(at >> 12) || self.execute.find(at).is_some();
             for table in [&mut self.read, &mut self.write, &mut self.execute] {
                 table.clear_page(at);
             }
@@ -172,10 +202,11 @@ impl Bank {
             write: Table::EMPTY,
             execute: Table::EMPTY,
             context,
-            displaced: false,
+            displaced: Pages::NONE,
+            displaced_local: false,
             used: false,
-            large: [0; 64],
-            huge: 0,
+            large: Pages::NONE,
+            huge: Pages::NONE,
         })
     }
 }
@@ -216,8 +247,10 @@ impl Banks {
         banks
     }
 
+    /// A number that no context has had, whose low bits are far from those of the ones before it: caches
+    /// choose places by them. (The multiples of an odd number come back to the first after 2^56 steps in any 56 bits.)
     fn next_context(contexts: &mut u64) -> u64 {
-        *contexts += 1;
+        *contexts = contexts.wrapping_add(0x9e37_79b9_7f4a_7c15);
         *contexts
     }
 
@@ -284,7 +317,7 @@ impl Banks {
         clear(&mut bank.read);
         clear(&mut bank.write);
         // A kernel's own code is global: its blocks stay known through changes of address space.
-        if clear(&mut bank.execute) || bank.displaced {
+        if clear(&mut bank.execute) || bank.displaced_local {
             bank.change_context(contexts);
         }
     }
@@ -298,7 +331,7 @@ impl Banks {
     pub(super) fn flush_all(&mut self) {
         for bank in self.banks.iter_mut().flatten() {
             Self::flush_bank(bank, &mut self.contexts, Table::clear);
-            (bank.used, bank.large, bank.huge) = (false, [0; 64], 0);
+            (bank.used, bank.large, bank.huge) = (false, Pages::NONE, Pages::NONE);
         }
     }
 
@@ -355,6 +388,9 @@ mod tests {
         banks.flush_page(0x6000);
         assert_eq!(banks.active().context, before, "nothing was there");
         execute(&mut banks, 0x5000 + SAME_INDEX, false);
+        // Another page's being flushed does not matter to it.
+        banks.flush_page(0x6000);
+        assert_eq!(banks.active().context, before, "0x5000 was displaced, not 0x6000");
         banks.flush_page(0x5000);
         assert_ne!(banks.active().context, before, "blocks of 0x5000 would be found");
         // Once is enough.
@@ -381,6 +417,13 @@ mod tests {
         banks.flush_process(0);
         assert_ne!(banks.active().context, before);
         assert!(banks.active().execute.find(0x5000).is_some());
+        // A global one may be displaced and stays valid, until its page is flushed.
+        let before = banks.active().context;
+        execute(&mut banks, 0x5000 + SAME_INDEX, true);
+        banks.flush_process(0);
+        assert_eq!(banks.active().context, before);
+        banks.flush_page(0x5000);
+        assert_ne!(banks.active().context, before);
         let before = banks.active().context;
         banks.flush_all();
         assert_ne!(banks.active().context, before);

@@ -20,6 +20,29 @@ fn vector(low: u64, high: u64) -> __m128i {
 }
 
 impl Cpu {
+    /// Loads 16 bytes from linear address `at` where it can be done at once; see [`Cpu::load_fast`].
+    #[inline(always)]
+    pub(in crate::soft) fn load_vector_fast(&self, at: u64) -> Option<__m128i> {
+        let pointer = self.readable(at, 16)?.cast::<Unaligned>();
+        // SAFETY: as in `load_vector`.
+        Some(unsafe { pointer.read_volatile() }.0)
+    }
+
+    /// Stores 16 bytes to linear address `at` where it can be done at once; see [`Cpu::load_fast`].
+    /// Returns whether it could.
+    #[inline(always)]
+    pub(in crate::soft) fn store_vector_fast(&mut self, at: u64, value: __m128i) -> bool {
+        let entry = &self.mmu.bank().write.entries[index(at)];
+        if entry.tag != at.wrapping_add(15) & PAGE {
+            return false;
+        }
+        let host = at.wrapping_add(entry.addend);
+        let pointer = std::ptr::with_exposed_provenance_mut::<Unaligned>(host as usize);
+        // SAFETY: as in `store_vector`.
+        unsafe { pointer.write_volatile(Unaligned(value)) };
+        true
+    }
+
     /// Loads 16 bytes from linear address `at`.
     ///
     /// # Errors
