@@ -59,7 +59,8 @@
 //!
 //! Units, errors and threads are as the page of [`vmcore`] says. Devices own no threads: register
 //! accesses run on the thread of the vCPU that makes them, what waits for the host on the machine's
-//! I/O threads ([`vmcore::IoThread`]). Section numbers of virtio are those of version 1.2.
+//! I/O threads ([`vmcore::IoThread`]). Only what waits for a disk's files runs elsewhere: in the kernel, or
+//! on a few threads of the disk's. Section numbers of virtio are those of version 1.2.
 
 // By this name tests of the crate and of its interface share code.
 #[cfg(test)]

@@ -9,7 +9,9 @@ mod tool;
 use driver::Machine;
 use tool::{create, qemu_img};
 use virtio_drivers::device::blk::{SECTOR_SIZE, VirtIOBlk};
-use vmdevices::block::{DiskStats, Format, Image};
+use vmcore::boot::{Raw, RawMode};
+use vmcore::{Accel, Deterministic, Vm};
+use vmdevices::block::{DiskStats, Format, Image, Limits, Rate};
 use vmdevices::virtio::{CacheMode, Disk};
 
 const SECTORS: usize = 2048;
@@ -103,4 +105,21 @@ fn read_only_formats_refuse_writes() {
             assert!(driver.write_blocks(0, &part).is_err());
         }
     }
+}
+
+#[test]
+fn a_deterministic_machine_takes_no_limits() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(4096).unwrap();
+    let limits = Limits { operations: Some(Rate::new(10)), ..Limits::default() };
+    let disk = Disk::open(file.path()).unwrap().limits(limits);
+    let built = Vm::builder()
+        .accel(Accel::Soft)
+        .deterministic(Deterministic::seeded(0))
+        .memory(1 << 20)
+        .boot(Raw::new(vec![0xf4], RawMode::Real16))
+        .attach(disk)
+        .build();
+    let text = built.map(|_| ()).unwrap_err().to_string();
+    assert!(text.contains("limits of a disk"), "{text}");
 }

@@ -59,8 +59,8 @@ pub enum DiskError {
     },
     /// The image needs another file, which the caller did not name.
     #[error(
-        "disk image {path} is backed by {named:?}, which is not opened on the image's word; give it by \
-         Image::backing",
+        "disk image {path} is backed by {named:?}, which is not opened on the image's word; name it \
+         (Image::backing, or backing=FILE)",
         path = .path.display()
     )]
     Backing {
@@ -71,8 +71,8 @@ pub enum DiskError {
     },
     /// The image is made of several files, of which the caller did not name this one.
     #[error(
-        "disk image {path} is partly in {named:?}, which is not opened on the image's word; give it by \
-         Image::extent",
+        "disk image {path} is partly in {named:?}, which is not opened on the image's word; name it \
+         (Image::extent, or extent=FILE)",
         path = .path.display()
     )]
     Extent {
