@@ -51,7 +51,8 @@
 //! [`Pc`] is the board of everything that is not virtio; each of its devices can be attached alone
 //! ([`legacy`]). [`Disk`], [`Net`], [`Rng`], [`VirtioConsole`], [`Vsock`] and [`Balloon`] are virtio devices behind
 //! virtio-mmio; [`virtio::mmio`] puts any other [`virtio::VirtioDevice`] there, an embedder's own
-//! too. What disks, networks and consoles are connected to on the host is in [`block`], [`net`] and
+//! too. [`paravirtual`] has what hypervisors tell
+//! their guests otherwise. What disks, networks and consoles are connected to on the host is in [`block`], [`net`] and
 //! [`console`].
 //!
 //! # Conventions
