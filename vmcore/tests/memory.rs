@@ -456,7 +456,7 @@ fn discarded(region: &MemoryRegion, byte: u8) -> (u64, Vec<u8>) {
 fn discarded_pages_go_back_to_the_host() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(8 * PAGE_SIZE).unwrap();
-    file.write_all_at(&[3; 8 * PAGE_SIZE as usize], 0).unwrap();
+    file.write_all_at(&[3; 8 * 4096], 0).unwrap();
     let file = Arc::new(file);
     let in_file = |shared| Backing::File { file: file.clone(), offset: 0, shared };
     for (backing, after, zero) in [

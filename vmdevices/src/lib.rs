@@ -52,7 +52,8 @@
 //! ([`legacy`]). [`Disk`], [`Net`], [`Rng`], [`VirtioConsole`], [`Vsock`] and [`Balloon`] are virtio devices behind
 //! virtio-mmio; [`virtio::mmio`] puts any other [`virtio::VirtioDevice`] there, an embedder's own
 //! too, and [`virtio::pci`] puts it on the PCI bus, where devices of other kinds can be as well ([`pci`]).
-//! What disks, networks and consoles are connected to on the host is in [`block`], [`net`] and
+//! [`paravirtual`] has what hypervisors tell their guests otherwise. What disks, networks and consoles are
+//! connected to on the host is in [`block`], [`net`] and
 //! [`console`].
 //!
 //! # Conventions

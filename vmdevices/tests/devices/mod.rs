@@ -17,7 +17,7 @@ use vmdevices::console::Script;
 use super::accel;
 
 /// Long enough for what one of these tests does.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// A kernel of `guests` with a shell on its serial port; what `cmdline` adds chooses its root.
 fn machine(guests: &Path, kernel: &str, cmdline: &str, memory_mib: u64) -> (VmBuilder, Script) {

@@ -94,7 +94,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn features(&self) -> u64 {
-        let reporting = u64::from(self.reporting) * (1 << F_REPORTING | 1 << F_PAGE_POISON);
+        let reporting = if self.reporting { 1 << F_REPORTING | 1 << F_PAGE_POISON } else { 0 };
         1 << F_STATS_VQ | u64::from(self.deflate_on_oom) << F_DEFLATE_ON_OOM | reporting
     }
 

@@ -131,7 +131,8 @@ impl VirtioDevice for VirtioConsole {
 
     fn features(&self) -> u64 {
         let sized = self.shared.wake().is_some() || self.shared.size(0).is_some();
-        F_EMERG_WRITE | u64::from(sized) * F_SIZE | u64::from(self.is_multiport()) << F_MULTIPORT
+        let size = if sized { F_SIZE } else { 0 };
+        F_EMERG_WRITE | size | u64::from(self.is_multiport()) << F_MULTIPORT
     }
 
     fn queue_sizes(&self) -> Vec<u16> {

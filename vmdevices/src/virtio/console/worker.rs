@@ -223,7 +223,7 @@ impl Worker for ConsoleWorker {
                 Progress::Idle => Ok(Progress::Idle),
             },
             CONTROL_TRANSMIT => self.hear(),
-            _ if queue % 2 == 0 => self.receive(pair - 1),
+            _ if queue.is_multiple_of(2) => self.receive(pair - 1),
             _ => self.transmit(pair - 1),
         }
     }
