@@ -105,5 +105,6 @@ fn arbitrary_drivers_do_no_harm() {
         for (_, _, device) in DEVICES {
             device(&input);
         }
+        fuzz::nat::nat(&input);
     }
 }

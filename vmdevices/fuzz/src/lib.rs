@@ -4,6 +4,8 @@
 //! without a nightly compiler with `RUSTC_BOOTSTRAP=1 cargo fuzz run TARGET`. `tests/any_driver.rs`
 //! runs the same drivers on a few fixed inputs.
 
+pub mod nat;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;

@@ -253,13 +253,14 @@ impl Nat {
             token = self.flows.reserve();
             made = make(&mut self.env, token);
         }
+        let made = made?;
         let counters = self.env.counters();
         count(match key.kind() {
             Protocol::Tcp => &counters.tcp_opened,
             Protocol::Udp => &counters.udp_opened,
             Protocol::Icmp => &counters.icmp_opened,
         });
-        Ok(self.flows.insert(&mut self.env, key, made?))
+        Ok(self.flows.insert(&mut self.env, key, made))
     }
 
     /// Looks at the host's sockets and the clock. Returns whether there was anything.
@@ -279,7 +280,11 @@ impl Nat {
             match token {
                 KICK => {}
                 TIMER => self.timers_rang(),
-                token if token & FORWARD != 0 => self.flows.ready.push_back(token),
+                token if token & FORWARD != 0 => {
+                    if !self.flows.ready.contains(&token) {
+                        self.flows.ready.push_back(token);
+                    }
+                }
                 token => {
                     if let Some(number) = self.flows.resolve(token) {
                         self.event(number, flags);

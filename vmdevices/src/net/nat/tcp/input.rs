@@ -151,6 +151,11 @@ impl Tcp {
             self.window = window;
             self.window_from = (segment.seq, segment.ack);
         }
+        if self.window == 0 {
+            // It answers, and that is all it can do.
+            self.tries = 0;
+            self.persist(env);
+        }
         Ok(())
     }
 

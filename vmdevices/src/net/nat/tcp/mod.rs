@@ -309,6 +309,7 @@ impl Tcp {
         }
         self.readable |= events.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP);
         self.host_ended |= events.intersects(EventFlags::RDHUP | EventFlags::HUP);
+        self.persist(env);
         if events.contains(EventFlags::OUT) && self.flush(env).is_err() {
             self.reset(env, key);
             return Fate::Remove;
@@ -365,7 +366,7 @@ impl Tcp {
             State::SynReceived | State::SynSent => self.syn = true,
             _ if self.in_flight() > 0 => self.rewind(env),
             // A window that stays closed: what is in front of it is answered with where it is.
-            _ if self.window == 0 => {
+            _ if self.window == 0 && self.has_data() => {
                 let window = self.offer(env);
                 let before = self.unacknowledged.wrapping_sub(1);
                 env.push(bare(env, key, (before, self.expected), ACK, window, &[]));
@@ -377,6 +378,14 @@ impl Tcp {
         }
         self.retry = Some(env.now + self.timeout());
         Fate::Keep
+    }
+
+    /// Asks from time to time for a window that is closed: that it has opened may have been lost (RFC 9293,
+    /// section 3.8.6.1).
+    fn persist(&mut self, env: &Env) {
+        if self.state == State::Established && self.window == 0 && self.has_data() {
+            self.retry.get_or_insert(env.now + RETRY);
+        }
     }
 
     fn timeout(&self) -> Duration {
