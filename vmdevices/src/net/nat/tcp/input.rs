@@ -96,7 +96,7 @@ impl Tcp {
             return Fate::Remove;
         }
         if segment.has(SYN | ACK) {
-            self.learn(env, segment);
+            self.learn(env, key, segment);
             self.establish(env);
             self.acknowledge = true;
         }
