@@ -48,6 +48,30 @@
 //! }
 //! ```
 //!
+//! The same guest on a network: a NAT that needs no privilege, with a port of this host's leading to the
+//! guest's web server and mail kept from going out.
+//!
+//! ```no_run
+//! use vmcore::{Vm, boot::Linux};
+//! use vmdevices::net::{Forward, Nat};
+//! use vmdevices::{Disk, Net, Pc, console::Stdio};
+//!
+//! fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let nat = Nat::new()?.forward(Forward::tcp(8080, 80))?.deny("tcp:any:25".parse()?);
+//!     let handle = nat.handle();
+//!     let mut vm = Vm::builder()
+//!         .memory(512 << 20)
+//!         .boot(Linux::new("vmlinuz").initrd("initrd.img").cmdline("console=ttyS0 root=/dev/vda rw"))
+//!         .attach(Pc::new().serial(Stdio::new()?))
+//!         .attach(Disk::open("root.img")?)
+//!         .attach(Net::nat(nat)?)
+//!         .build()?;
+//!     let outcome = vm.run()?;
+//!     println!("the guest ended: {outcome:?} after {:?}", handle.stats());
+//!     Ok(())
+//! }
+//! ```
+//!
 //! [`Pc`] is the board of everything that is not virtio; each of its devices can be attached alone
 //! ([`legacy`]). [`Disk`], [`Net`], [`Rng`], [`VirtioConsole`], [`Vsock`] and [`Balloon`] are virtio devices behind
 //! virtio-mmio; [`virtio::mmio`] puts any other [`virtio::VirtioDevice`] there, an embedder's own

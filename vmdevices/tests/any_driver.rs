@@ -155,5 +155,6 @@ fn arbitrary_drivers_do_no_harm() {
         }
         fuzz::net_commands(&input);
         fuzz::pci(&input);
+        fuzz::nat::nat(&input);
     }
 }

@@ -5,6 +5,7 @@
 
 #[path = "nat/guest.rs"]
 mod guest;
+mod network;
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -351,6 +352,55 @@ fn a_side_that_does_not_read_makes_the_other_wait() {
     let before = written.load(std::sync::atomic::Ordering::Relaxed);
     assert!(before < 32 << 20, "{before} bytes wait somewhere");
     assert!(guest.exchange(handle, b"") == noise(64 << 20, 4), "the data is another");
+}
+
+#[test]
+fn a_window_whose_opening_is_lost_is_asked_for() {
+    let port = serve(LOCALHOST, |mut stream| stream.write_all(&noise(300_000, 5)).unwrap());
+    let mut guest = Guest::new(nat());
+    let handle = guest.connect_with(gateway(port), 16 << 10);
+    guest.until("a full buffer", |guest| (!guest.tcp(handle).can_recv()).then_some(()));
+    guest.until("a full buffer", |guest| (guest.tcp(handle).recv_queue() == 16 << 10).then_some(()));
+    guest.work(Duration::from_millis(100));
+    // The guest reads, and nobody hears of it.
+    guest.wire.trouble = Some(Trouble { state: 1, lost: 255, ..Trouble::default() });
+    let mut received = guest.tcp(handle).recv(|bytes| (bytes.len(), bytes.to_vec())).unwrap();
+    guest.work(Duration::from_millis(50));
+    guest.wire.trouble = None;
+    // It says nothing of its own accord, until it is asked.
+    guest.until("the rest", |guest| {
+        let socket = guest.tcp(handle);
+        while socket.can_recv() {
+            received.extend(socket.recv(|bytes| (bytes.len(), bytes.to_vec())).unwrap());
+        }
+        (received.len() == 300_000).then_some(())
+    });
+    assert!(received == noise(300_000, 5), "the data is another");
+}
+
+/// In a network of its own: echo requests out, and what the host's network says of others.
+#[test]
+fn the_hosts_network_is_used_as_it_is() {
+    if !network::namespace() {
+        return;
+    }
+    assert!(network::ip("addr add 192.0.2.1/32 dev lo"));
+    let mut guest = Guest::new(Nat::new().unwrap().resolvers([]));
+    // No group may have echo sockets, to begin with.
+    guest.wire.seen = Some(Vec::new());
+    let port = serve(Ipv4Addr::new(192, 0, 2, 1).into(), echo);
+    let echo_frame = frame(1, Ipv4Addr::new(192, 0, 2, 1), 64, &[8, 0, 0, 0, 0, 1, 0, 2]);
+    guest.wire.send(&echo_frame);
+    guest.until("a refusal", |guest| guest.icmp_seen(3, 13).then_some(()));
+    std::fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647").unwrap();
+    assert_eq!(ping(&mut guest, Ipv4Addr::new(192, 0, 2, 1)), b"are you there");
+    assert_eq!(guest.wire.nat.handle().stats().icmp_opened, 1);
+
+    let handle = guest.connected(SocketAddr::from(([192, 0, 2, 1], port)));
+    assert_eq!(guest.exchange(handle, b"x"), b"x");
+    // There is no way to others.
+    guest.connect(SocketAddr::from(([198, 51, 100, 1], 80)));
+    guest.until("a refusal", |guest| guest.icmp_seen(3, 0).then_some(()));
 }
 
 #[test]

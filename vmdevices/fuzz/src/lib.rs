@@ -4,6 +4,7 @@
 //! without a nightly compiler with `RUSTC_BOOTSTRAP=1 cargo fuzz run TARGET`. `tests/any_driver.rs`
 //! runs the same drivers on a few fixed inputs.
 
+pub mod nat;
 mod pci;
 
 use std::collections::VecDeque;

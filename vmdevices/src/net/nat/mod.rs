@@ -5,36 +5,6 @@
 //! (fd76:6d63:6f72::/64); the gateway, 10.0.2.2, answers echo requests and forwards names. TCP, UDP and
 //! echo requests (those by sockets that need no privilege, icmp(7)) go out; nothing comes in but by
 //! [forwards](Nat::forward). To the rest of the world it all comes from this process.
-//!
-//! # What the guest may reach
-//!
-//! All but the host itself and what only the host sees, unless told otherwise:
-//!
-//! 1. [Rules](Nat::allow), in the order in which they were given; the first that matches decides.
-//! 2. Closed: unspecified, loopback, link-local (169.254.169.254 is the metadata service of clouds),
-//!    multicast, broadcast and reserved addresses, and IPv6 addresses that stand for IPv4 ones
-//!    (IPv4-mapped, 6to4, NAT64). Only a rule for a block within one of these opens a part of it:
-//!    `allow any` does not.
-//! 3. [The default](Nat::otherwise): allow.
-//!
-//! Addresses of the host's other interfaces are like those of any other machine: services that listen
-//! on all addresses are reached unless a rule denies them. Rules look at the address that a flow goes to,
-//! whatever name it was found by, and never at an answer of the DNS. What is refused is told by ICMP
-//! ("administratively prohibited"). The resolvers that the gateway asks are not subject to rules, as it
-//! is not the guest that reaches them.
-//!
-//! # Limits
-//!
-//! A TCP flow holds at most a window of data ([bounded](Nat::most_held) for all together), a datagram is
-//! given to the guest at once or dropped, fragments wait five seconds, and beyond
-//! [a number of flows](Nat::most_flows), or of descriptors of this process, the flow that was idle longest
-//! makes room. IP options, IPv6 routing headers, multicast and protocols besides TCP, UDP and echo are not
-//! carried. Urgent data is in line.
-//!
-//! # Threads
-//!
-//! Works on the thread that calls it as a [`NetBackend`], never waits, and has no thread of its own;
-//! a [`NatHandle`] works from any thread.
 
 mod config;
 mod datagram;
@@ -129,8 +99,35 @@ const EVENTS: usize = 64;
 /// # }
 /// ```
 ///
-/// What the guest may reach: all but the host itself, its link and special addresses, unless rules say
-/// otherwise; see [`Nat::allow`].
+/// # What the guest may reach
+///
+/// All but the host itself and what only the host sees, unless told otherwise:
+///
+/// 1. [Rules](Nat::allow), in the order in which they were given; the first that matches decides.
+/// 2. Closed: unspecified, loopback, link-local (169.254.169.254 is the metadata service of clouds),
+///    multicast, broadcast and reserved addresses, and IPv6 addresses that stand for IPv4 ones
+///    (IPv4-mapped, 6to4, NAT64). Only a rule for a block within one of these opens a part of it:
+///    `allow any` does not.
+/// 3. [The default](Nat::otherwise): allow.
+///
+/// Addresses of the host's other interfaces are like those of any other machine: services that listen
+/// on all addresses are reached unless a rule denies them. Rules look at the address that a flow goes to,
+/// whatever name it was found by, and never at an answer of the DNS. What is refused is told by ICMP
+/// ("administratively prohibited"). The resolvers that the gateway asks are not subject to rules, as it
+/// is not the guest that reaches them.
+///
+/// # Limits
+///
+/// A TCP flow holds at most a window of data ([bounded](Nat::most_held) for all together), a datagram is
+/// given to the guest at once or dropped, fragments wait five seconds, and beyond
+/// [a number of flows](Nat::most_flows), or of descriptors of this process, the flow that was idle longest
+/// makes room. IP options, IPv6 routing headers, multicast and protocols besides TCP, UDP and echo are not
+/// carried. Urgent data is in line.
+///
+/// # Threads
+///
+/// Works on the thread that calls it as a [`NetBackend`], never waits, and has no thread of its own;
+/// a [`NatHandle`] works from any thread.
 pub struct Nat {
     env: Env,
     flows: Flows,
@@ -253,13 +250,14 @@ impl Nat {
             token = self.flows.reserve();
             made = make(&mut self.env, token);
         }
+        let made = made?;
         let counters = self.env.counters();
         count(match key.kind() {
             Protocol::Tcp => &counters.tcp_opened,
             Protocol::Udp => &counters.udp_opened,
             Protocol::Icmp => &counters.icmp_opened,
         });
-        Ok(self.flows.insert(&mut self.env, key, made?))
+        Ok(self.flows.insert(&mut self.env, key, made))
     }
 
     /// Looks at the host's sockets and the clock. Returns whether there was anything.
@@ -279,7 +277,11 @@ impl Nat {
             match token {
                 KICK => {}
                 TIMER => self.timers_rang(),
-                token if token & FORWARD != 0 => self.flows.ready.push_back(token),
+                token if token & FORWARD != 0 => {
+                    if !self.flows.ready.contains(&token) {
+                        self.flows.ready.push_back(token);
+                    }
+                }
                 token => {
                     if let Some(number) = self.flows.resolve(token) {
                         self.event(number, flags);

@@ -232,7 +232,7 @@ impl Nat {
         let opened = match self.target(&key, 0) {
             Ok(target) => {
                 let connect = |env: &mut Env, token| {
-                    Tcp::connect(env, segment, target, token).map(|tcp| Kind::Tcp(Box::new(tcp)))
+                    Tcp::connect(env, &key, segment, target, token).map(|tcp| Kind::Tcp(Box::new(tcp)))
                 };
                 self.open(key, connect).map_err(|error| refusal(&error))
             }

@@ -93,7 +93,7 @@ impl Nat {
 
     /// Lets the guest reach `destination`, where no rule before says otherwise. Rules are asked in the order
     /// in which they were given. A rule opens what is closed (the host's loopback, link-local and other
-    /// special addresses, see [`Action`]) only where its block lies within that: `127.0.0.1`, and not
+    /// special addresses, see [`Nat`]) only where its block lies within that: `127.0.0.1`, and not
     /// `any`.
     pub fn allow(self, destination: Destination) -> Self {
         self.rule(Action::Allow, destination)

@@ -149,6 +149,10 @@ impl Ip {
                 let id = be32(&extension, 4).unwrap_or(0);
                 fragment = Some(Fragment { id, offset: usize::from(place & 0xfff8), more: place & 1 == 1 });
             }
+            // A way to go yet, which routers do not (RFC 5095).
+            if next == ROUTING && extension[3] > 0 {
+                return Err(Malformed::Wrong);
+            }
             next = extension[0];
             header += if fragment.is_some() { 8 } else { 8 + 8 * usize::from(extension[1]) };
             if header > total {
@@ -424,6 +428,14 @@ mod tests {
         assert_eq!(with(0, 0x4f), Err(Malformed::Wrong));
         assert_eq!(with(0, 0x50), Err(Malformed::Wrong));
         assert_eq!(with(3, 19), Err(Malformed::Wrong));
+        // A routing header with stations left, and one without.
+        let routed = |left: u8| {
+            let mut six = headers(LINK, V6.0, V6.1, ROUTING, 16);
+            six.extend([UDP, 0, 0, left, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]);
+            let ip = &six[HEADER + ETHERNET..];
+            Ip::parse(ip, ip.len()).map(|ip| (ip.protocol, ip.payload))
+        };
+        assert_eq!((routed(0), routed(1)), (Ok((UDP, 8)), Err(Malformed::Wrong)));
         // Extension headers without end.
         let mut six = headers(LINK, V6.0, V6.1, HOP_BY_HOP, 64);
         six.extend([0; 64]);

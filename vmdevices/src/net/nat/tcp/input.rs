@@ -96,7 +96,7 @@ impl Tcp {
             return Fate::Remove;
         }
         if segment.has(SYN | ACK) {
-            self.learn(env, segment);
+            self.learn(env, key, segment);
             self.establish(env);
             self.acknowledge = true;
         }
@@ -150,6 +150,11 @@ impl Tcp {
             }
             self.window = window;
             self.window_from = (segment.seq, segment.ack);
+        }
+        if self.window == 0 {
+            // It answers, and that is all it can do.
+            self.tries = 0;
+            self.persist(env);
         }
         Ok(())
     }

@@ -29,6 +29,7 @@ use super::env::{Env, Fate, Key};
 use super::gateway::Refusal;
 use super::handle::count;
 use super::sys;
+use super::wire;
 
 pub(super) use segment::{ACK, RST, SYN, Segment, bare, distance, reset_for};
 
@@ -173,6 +174,7 @@ impl Tcp {
     /// Begins to connect to `target` for the guest's SYN `segment`; its events come with `token`.
     pub(super) fn connect(
         env: &mut Env,
+        key: &Key,
         segment: &Segment,
         target: SocketAddr,
         token: u64,
@@ -187,7 +189,7 @@ impl Tcp {
         // Not before: a socket that was never connected counts as hung up.
         env.watch(&socket, token)?;
         let mut tcp = Self::new(env, socket, State::Connecting);
-        tcp.learn(env, segment);
+        tcp.learn(env, key, segment);
         Ok(tcp)
     }
 
@@ -201,10 +203,10 @@ impl Tcp {
     }
 
     /// Takes from a SYN what it says of the guest.
-    fn learn(&mut self, env: &Env, segment: &Segment) {
+    fn learn(&mut self, env: &Env, key: &Key, segment: &Segment) {
         self.expected = segment.seq.wrapping_add(1);
         self.offered = self.expected;
-        let most = usize::from(env.config.mtu) - 40;
+        let most = usize::from(env.config.mtu) - wire::ip_header_len(key.guest.0) - segment::HEADER;
         self.mss = usize::from(segment.mss.unwrap_or(536)).clamp(88, most);
         // Both scale, or none does (RFC 7323, section 2.2). A SYN's own window is not scaled.
         self.scale = segment.scale.unwrap_or(0);
@@ -309,6 +311,7 @@ impl Tcp {
         }
         self.readable |= events.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP);
         self.host_ended |= events.intersects(EventFlags::RDHUP | EventFlags::HUP);
+        self.persist(env);
         if events.contains(EventFlags::OUT) && self.flush(env).is_err() {
             self.reset(env, key);
             return Fate::Remove;
@@ -365,7 +368,7 @@ impl Tcp {
             State::SynReceived | State::SynSent => self.syn = true,
             _ if self.in_flight() > 0 => self.rewind(env),
             // A window that stays closed: what is in front of it is answered with where it is.
-            _ if self.window == 0 => {
+            _ if self.window == 0 && self.has_data() => {
                 let window = self.offer(env);
                 let before = self.unacknowledged.wrapping_sub(1);
                 env.push(bare(env, key, (before, self.expected), ACK, window, &[]));
@@ -377,6 +380,14 @@ impl Tcp {
         }
         self.retry = Some(env.now + self.timeout());
         Fate::Keep
+    }
+
+    /// Asks from time to time for a window that is closed: that it has opened may have been lost (RFC 9293,
+    /// section 3.8.6.1).
+    fn persist(&mut self, env: &Env) {
+        if self.state == State::Established && self.window == 0 && self.has_data() {
+            self.retry.get_or_insert(env.now + RETRY);
+        }
     }
 
     fn timeout(&self) -> Duration {

@@ -12,7 +12,7 @@ use virtio_bindings::bindings::virtio_net::{
 use super::super::env::{Env, Key, deliver};
 use super::super::wire::{self, ETHERNET, TCP};
 use super::segment::{self, ACK, FIN, PSH, SYN, bare, distance, header};
-use super::{LEAST_WINDOW, MOST_WINDOW, Output, RETRY, State, Tcp, span};
+use super::{LEAST_WINDOW, MOST_WINDOW, Output, State, Tcp, span};
 use crate::buffers::Buffers;
 use crate::net::HEADER;
 
@@ -48,9 +48,6 @@ impl Tcp {
                     Ok(len) => return Output::Packet(len),
                     Err(_) => return Output::Broken,
                 }
-            }
-            if self.has_data() && self.window == 0 {
-                self.retry.get_or_insert(env.now + RETRY);
             }
             if self.at_end() {
                 let window = self.offer(env);
