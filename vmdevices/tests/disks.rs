@@ -11,7 +11,8 @@ use tool::{create, qemu_img};
 use virtio_drivers::device::blk::{SECTOR_SIZE, VirtIOBlk};
 use vmcore::boot::{Raw, RawMode};
 use vmcore::{Accel, Deterministic, Vm};
-use vmdevices::block::{DiskStats, Format, Image, Limits, Rate};
+use vmdevices::block::{DiskStats, Format, Image, Limits};
+use vmdevices::rate::Rate;
 use vmdevices::virtio::{CacheMode, Disk};
 
 const SECTORS: usize = 2048;
