@@ -1,18 +1,23 @@
 //! The virtio-pci transport (virtio 1.2, section 4.1), without the legacy interface.
 
+mod signals;
+#[cfg(test)]
+mod tests;
+
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use serde::{Deserialize, Serialize};
 use vmcore::backend::{DoorbellConfig, IoAddress, Registration};
 use vmcore::{Error, GuestAddress, Machine, Platform, Result};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{DeviceType, Transport, VirtioDevice};
+use self::signals::{NO_VECTOR, Signals};
+use super::device::{DeviceType, VirtioDevice};
 use super::lifecycle::{self, Lifecycle};
 use super::runner::{Status, Threading};
-use super::{features, set_high, set_low, status};
+use super::{features, set_high, set_low};
 use crate::pci::{Bar, Capability, Description, Identity, Interrupts, MsixTable, PciDevice, Programmed};
 use crate::saved;
 
@@ -75,71 +80,6 @@ mod register {
     pub(super) const QUEUE_DRIVER: u64 = 0x28;
     pub(super) const QUEUE_DEVICE: u64 = 0x30;
     pub(super) const QUEUE_RESET: u64 = 0x3a;
-}
-
-/// No vector (4.1.5.1.2).
-const NO_VECTOR: u16 = 0xffff;
-
-/// Bits of the ISR status (4.1.4.5).
-const USED_BUFFER: u8 = 1;
-const CONFIG_CHANGE: u8 = 2;
-
-/// What vCPUs and workers share of the transport.
-#[derive(Debug)]
-struct Signals {
-    status: Arc<Status>,
-    generation: AtomicU8,
-    config_vector: AtomicU16,
-    queue_vectors: Vec<AtomicU16>,
-    isr: Mutex<u8>,
-    interrupts: OnceLock<Interrupts>,
-}
-
-impl Signals {
-    /// By the message of `vector`, or by the pin where there are no messages (4.1.5.1.2, 4.1.5.3).
-    fn raise(&self, vector: &AtomicU16, reason: u8) {
-        let Some(interrupts) = self.interrupts.get() else { return };
-        if interrupts.uses_messages() {
-            // There is no vector of this number.
-            return interrupts.message(vector.load(Ordering::Acquire));
-        }
-        let mut isr = self.isr();
-        *isr |= reason;
-        interrupts.level(true);
-    }
-
-    /// Reads the ISR status, which clears it and lowers the pin.
-    fn take_isr(&self) -> u8 {
-        let mut isr = self.isr();
-        if let Some(interrupts) = self.interrupts.get() {
-            interrupts.level(false);
-        }
-        std::mem::take(&mut *isr)
-    }
-
-    fn isr(&self) -> MutexGuard<'_, u8> {
-        self.isr.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn vectors(&self) -> impl Iterator<Item = &AtomicU16> {
-        self.queue_vectors.iter().chain([&self.config_vector])
-    }
-}
-
-impl Transport for Signals {
-    fn used(&self, queue: u16) {
-        if let Some(vector) = self.queue_vectors.get(usize::from(queue)) {
-            self.raise(vector, USED_BUFFER);
-        }
-    }
-
-    fn config_changed(&self) {
-        self.generation.fetch_add(1, Ordering::AcqRel);
-        // A driver that is not ready yet must not be interrupted (virtio 1.2, section 3.1.1).
-        if self.status.has(status::DRIVER_OK) {
-            self.raise(&self.config_vector, CONFIG_CHANGE);
-        }
-    }
 }
 
 /// A virtio device behind the registers of virtio-pci: a function for a PCI bus, with a pin and an MSI-X
@@ -216,15 +156,7 @@ impl VirtioPci {
         let queues = device.queue_sizes().len();
         let doorbells = super::events(queues)?;
         let status = Arc::new(Status::new(name));
-        let vector = || AtomicU16::new(NO_VECTOR);
-        let signals = Arc::new(Signals {
-            status: status.clone(),
-            generation: AtomicU8::new(0),
-            config_vector: vector(),
-            queue_vectors: (0..queues).map(|_| vector()).collect(),
-            isr: Mutex::new(0),
-            interrupts: OnceLock::new(),
-        });
+        let signals = Arc::new(Signals::new(status.clone(), queues));
         let memory = platform.memory().clone();
         let lifecycle = Lifecycle::new(device, memory, status, signals.clone(), threading, doorbells.clone());
         Ok(Self {
@@ -610,6 +542,3 @@ fn class(kind: DeviceType) -> u32 {
         _ => 0xff_0000,
     }
 }
-
-#[cfg(test)]
-mod tests;
