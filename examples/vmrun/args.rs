@@ -47,6 +47,15 @@ pub struct Args {
     #[arg(long, value_name = "none|tap=NAME|fd=N|unix=PATH[,OPTION...]", default_value = "none", value_parser = net)]
     pub net: NetArg,
 
+    /// What disks and network card are behind: virtio-mmio, or virtio-pci
+    #[arg(long, value_enum, default_value_t = TransportArg::Mmio)]
+    pub transport: TransportArg,
+
+    /// Sockets to the guest: programs connect to PATH and send "CONNECT PORT", the guest reaches those
+    /// that listen on PATH_PORT
+    #[arg(long, value_name = "cid=N,path=PATH", value_parser = vsock)]
+    pub vsock: Option<VsockArg>,
+
     /// Size of the guest's memory: 64M, 2G, ...
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size)]
     pub memory: u64,
@@ -106,6 +115,15 @@ pub enum AccelArg {
     Kvm,
     /// The software CPU.
     Soft,
+}
+
+/// `--transport`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TransportArg {
+    /// virtio-mmio, which guests find by ACPI only.
+    Mmio,
+    /// virtio-pci, which every guest with PCI finds.
+    Pci,
 }
 
 /// `--entry`.
@@ -186,6 +204,15 @@ fn parts(text: &str) -> std::vec::IntoIter<String> {
     const COMMA: &str = "\0";
     let parts = text.replace(",,", COMMA).split(',').map(|part| part.replace(COMMA, ",")).collect::<Vec<_>>();
     parts.into_iter()
+}
+
+/// `--vsock`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VsockArg {
+    /// The guest's number among others.
+    pub cid: u32,
+    /// The socket to listen on.
+    pub path: PathBuf,
 }
 
 fn disk(text: &str) -> Result<DiskArg, String> {
@@ -274,6 +301,24 @@ fn bits(text: &str) -> Option<NonZeroU64> {
         _ => (text, 1),
     };
     NonZeroU64::new(digits.parse::<u64>().ok()?.checked_mul(unit)?)
+}
+
+fn vsock(text: &str) -> Result<VsockArg, String> {
+    let (mut cid, mut path) = (None, None);
+    for option in parts(text) {
+        match option.split_once('=') {
+            Some(("cid", number)) => {
+                let parsed = number.parse().ok().filter(|cid| (3..u32::MAX).contains(cid));
+                cid = Some(parsed.ok_or_else(|| format!("{number:?} is no CID: give 3 to 4294967294"))?);
+            }
+            Some(("path", name)) if !name.is_empty() => path = Some(name.into()),
+            _ => return Err(format!("no option {option:?}; known are: cid, path")),
+        }
+    }
+    match (cid, path) {
+        (Some(cid), Some(path)) => Ok(VsockArg { cid, path }),
+        _ => Err("give both: cid=3,path=vm.vsock".into()),
+    }
 }
 
 fn size(text: &str) -> Result<u64, String> {
@@ -399,6 +444,16 @@ mod tests {
     }
 
     #[test]
+    fn sockets_have_a_cid_and_a_path() {
+        let vsock = |text| parse(&["--vsock", text]).unwrap().vsock;
+        assert_eq!(vsock("cid=3,path=a,,b"), Some(VsockArg { cid: 3, path: "a,b".into() }));
+        assert_eq!(vsock("path=v,cid=9").map(|vsock| vsock.cid), Some(9));
+        refused(&["--vsock", "cid=2,path=v"], &["3 to 4294967294"]);
+        refused(&["--vsock", "cid=3"], &["both"]);
+        refused(&["--vsock", "cid=3,path="], &["known are: cid, path"]);
+    }
+
+    #[test]
     fn the_deterministic_mode_has_a_seed_and_checkpoints() {
         assert_eq!(parse(&[]).unwrap().deterministic, None);
         assert_eq!(parse(&["--deterministic", "--memory", "64M"]).unwrap().deterministic, Some(0));
@@ -421,5 +476,7 @@ mod tests {
         refused(&["--memory", "1.5G"], &["512M"]);
         refused(&["--cpus", "0"], &["zero"]);
         refused(&["--accel", "hvf"], &["auto, kvm"]);
+        assert_eq!(parse(&["--transport", "pci"]).unwrap().transport, TransportArg::Pci);
+        refused(&["--transport", "ccw"], &["mmio, pci"]);
     }
 }

@@ -15,9 +15,10 @@ use vmcore::boot::{Boot, Linux, LinuxEntry, Multiboot, Pvh, Raw, RawMode};
 use vmcore::host::{Report, Status};
 use vmcore::{Accel, Deterministic, Outcome, Vm, VmBuilder};
 use vmdevices::console::{self, Callback, Console, Socket, Stdio};
-use vmdevices::{Disk, Pc, Rng};
+use vmdevices::virtio::{self, VirtioDevice};
+use vmdevices::{Disk, Pc, Rng, Vsock};
 
-use args::{AccelArg, Args, ConsoleArg, EntryArg, NetArg};
+use args::{AccelArg, Args, ConsoleArg, EntryArg, NetArg, TransportArg};
 use stats::Times;
 
 fn main() -> ExitCode {
@@ -144,15 +145,25 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
     }
     for disk in &args.disks {
         let image = if disk.read_only { Disk::open_read_only(&disk.path) } else { Disk::open(&disk.path) };
-        builder = builder.attach(image?);
+        builder = attach(builder, image?, args.transport);
     }
     if let NetArg::Card(card) = &args.net {
-        builder = builder.attach(net::card(card)?);
+        builder = attach(builder, net::card(card)?, args.transport);
+    }
+    if let Some(vsock) = &args.vsock {
+        builder = builder.attach(Vsock::new(vsock.cid)?.socket(&vsock.path)?);
     }
     if !args.disks.is_empty() {
-        builder = builder.attach(Rng::new());
+        builder = attach(builder, Rng::new(), args.transport);
     }
     Ok(builder.build()?)
+}
+
+fn attach(builder: VmBuilder, device: impl VirtioDevice + 'static, transport: TransportArg) -> VmBuilder {
+    match transport {
+        TransportArg::Mmio => builder.attach(virtio::mmio(device)),
+        TransportArg::Pci => builder.attach(virtio::pci(device)),
+    }
 }
 
 fn console(args: &Args) -> vmcore::Result<Box<dyn Console>> {

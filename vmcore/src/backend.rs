@@ -14,7 +14,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::cpuid::Cpuid;
 use crate::deterministic::{Deterministic, World};
@@ -192,18 +192,37 @@ pub trait BackendVm: IrqSink + fmt::Debug {
     /// Where the slot is empty or its region does not track writes.
     fn take_dirty(&self, slot: Slot) -> Result<DirtyBitmap>;
 
-    /// Makes a guest write signal an event instead of calling [`VcpuIo`], until the registration is
-    /// dropped.
+    /// Makes a guest write signal `event` instead of calling [`VcpuIo`], until the registration is
+    /// dropped. One event may have several doorbells.
     ///
     /// # Errors
     /// Where the width is not one of those in [`DoorbellConfig`], or the place is taken.
-    fn doorbell(&self, config: DoorbellConfig) -> Result<Registration>;
+    fn doorbell_on(&self, config: DoorbellConfig, event: Arc<EventFd>) -> Result<Registration>;
+
+    /// As [`BackendVm::doorbell_on`], with an event of its own.
+    ///
+    /// # Errors
+    /// As [`BackendVm::doorbell_on`], and where the host is out of descriptors.
+    fn doorbell(&self, config: DoorbellConfig) -> Result<Registration> {
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+        let event = event.map_err(|error| Error::os("eventfd", "a doorbell", error))?;
+        self.doorbell_on(config, Arc::new(event))
+    }
 
     /// Makes writing an event raise an interrupt, until the registration is dropped.
     ///
     /// # Errors
     /// Where the VM has no interrupt controllers or no such input, or routes are used up.
     fn irq_event(&self, route: IrqRoute) -> Result<Registration>;
+
+    /// Makes ISA interrupts level-triggered at the 8259As, as a PC's firmware does by their edge/level
+    /// registers (ports 0x4D0 and 0x4D1) for those that PCI functions share. Bit `n` of `irqs` stands for
+    /// interrupt `n`; those that no PC can make so stay edge-triggered. The I/O APIC's pins are the guest's
+    /// to set.
+    ///
+    /// # Errors
+    /// Where the VM has no interrupt controllers.
+    fn set_level_triggered(&self, irqs: u16) -> Result<()>;
 
     /// Makes vCPU number `id` (its APIC id). vCPU 0 is the bootstrap processor; with
     /// interrupt controllers the others wait for INIT and SIPI.

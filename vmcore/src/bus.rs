@@ -1,7 +1,7 @@
 //! The port and MMIO buses: which device answers an access.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use arc_swap::{ArcSwap, Cache};
 
@@ -124,6 +124,12 @@ impl Bus {
         self.entries.load().iter().any(|e| (e.base..=e.last).contains(&address))
     }
 
+    /// The bus without a share in it, for devices that stand on it and move.
+    pub(crate) fn downgrade(&self) -> WeakBus {
+        let (entries, change) = (Arc::downgrade(&self.entries), Arc::downgrade(&self.change));
+        WeakBus { kind: self.kind, entries, change }
+    }
+
     /// A reader with its own cached copy of the device table, for one vCPU.
     pub fn reader(&self) -> BusReader {
         BusReader { cache: Cache::new(self.entries.clone()) }
@@ -139,6 +145,21 @@ impl fmt::Debug for Bus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ranges = self.entries.load().iter().map(|e| (e.base, e.last)).collect::<Vec<_>>();
         f.debug_struct("Bus").field("kind", &self.kind).field("ranges", &ranges).finish()
+    }
+}
+
+/// A [`Bus`] that may be gone.
+#[derive(Clone)]
+pub(crate) struct WeakBus {
+    kind: &'static str,
+    entries: Weak<ArcSwap<Entries>>,
+    change: Weak<Mutex<()>>,
+}
+
+impl WeakBus {
+    pub(crate) fn upgrade(&self) -> Option<Bus> {
+        let (entries, change) = (self.entries.upgrade()?, self.change.upgrade()?);
+        Some(Bus { kind: self.kind, entries, change })
     }
 }
 

@@ -98,8 +98,8 @@ pub use irq::{IrqLine, IrqSink, Msi};
 pub use memory::{GuestAddress, GuestMemory, MemoryRegion};
 pub use vcpu::{Io, Vcpu};
 pub use vm::{
-    Attach, Clock, Control, Entropy, EventSet, IoThread, Machine, Outcome, Paused, ResetCause, Timer, Vm,
-    VmBuilder, VmHandle, VmState, VmStats, Watch,
+    Attach, Clock, Control, Entropy, EventSet, IoThread, Machine, Outcome, Paused, Platform, ResetCause,
+    Timer, Vm, VmBuilder, VmHandle, VmState, VmStats, Watch,
 };
 
 const _: () = {
@@ -114,5 +114,6 @@ const _: () = {
     shared::<IrqLine>();
     shared::<IoThread>();
     shared::<Control>();
+    shared::<Platform>();
     shared::<Error>();
 };

@@ -49,7 +49,7 @@
 //! ```
 //!
 //! [`Pc`] is the board of everything that is not virtio; each of its devices can be attached alone
-//! ([`legacy`]). [`Disk`], [`Net`], [`Rng`] and [`VirtioConsole`] are virtio devices behind
+//! ([`legacy`]). [`Disk`], [`Net`], [`Rng`], [`VirtioConsole`] and [`Vsock`] are virtio devices behind
 //! virtio-mmio; [`virtio::mmio`] puts any other [`virtio::VirtioDevice`] there, an embedder's own
 //! too. What disks, networks and consoles are connected to on the host is in [`block`], [`net`] and
 //! [`console`].
@@ -63,11 +63,14 @@
 pub mod block;
 mod board;
 pub mod buffers;
+mod complaints;
 pub mod console;
 pub mod legacy;
 pub mod net;
+pub mod pci;
 mod saved;
+mod unix_socket;
 pub mod virtio;
 
 pub use board::Pc;
-pub use virtio::{Disk, Net, Rng, VirtioConsole};
+pub use virtio::{Disk, Net, Rng, VirtioConsole, Vsock};

@@ -14,8 +14,13 @@ use fuzz::{End, LAYOUT, MASK, STEP};
 type Device = fn(&[u8]) -> End;
 
 /// How many queues each has, and what it is.
-const DEVICES: [(usize, &str, Device); 4] =
-    [(1, "block", fuzz::block), (5, "net", fuzz::net), (1, "rng", fuzz::rng), (2, "console", fuzz::console)];
+const DEVICES: [(usize, &str, Device); 5] = [
+    (1, "block", fuzz::block),
+    (5, "net", fuzz::net),
+    (1, "rng", fuzz::rng),
+    (2, "console", fuzz::console),
+    (3, "vsock", fuzz::vsock),
+];
 
 /// DRIVER_OK and all before it, and DEVICE_NEEDS_RESET.
 const READY: u32 = 15;

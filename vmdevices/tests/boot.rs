@@ -5,8 +5,10 @@
 #![expect(clippy::unwrap_used, clippy::panic, clippy::print_stdout, reason = "these are tests")]
 
 mod cards;
+mod devices;
 mod network;
 mod other;
+mod pci;
 
 use std::io;
 use std::net::{Shutdown, TcpListener};

@@ -5,6 +5,7 @@
 .code16
 
 .globl vmcore_bios_start
+.hidden vmcore_bios_start
 vmcore_bios_start:
         movb    $0x11, %al              # both 8259s: ICW1, then vectors 8 and 0x70, cascade, 8086 mode
         outb    %al, $0x20
@@ -216,6 +217,7 @@ vmcore_bios_start:
 # What bios.rs reads and fills in: sizes, where the other vectors lead, and vectors with their handlers.
 .balign 2
 .globl vmcore_bios_table
+.hidden vmcore_bios_table
 vmcore_bios_table:
 .Lkib_below_16m:
         .word   0
@@ -235,6 +237,7 @@ vmcore_bios_table:
 
 # The number of entries of the memory map, and they.
 .globl vmcore_bios_end
+.hidden vmcore_bios_end
 vmcore_bios_end:
 
 .code64

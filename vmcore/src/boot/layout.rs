@@ -10,6 +10,9 @@ pub const HIGH_RAM_BASE: u64 = 1 << 32;
 pub const MMIO_DEVICES: GpaRange = GpaRange { base: 0xD000_0000, len: 0x1000_0000 };
 /// Memory that PCI functions' 32-bit BARs are given from.
 pub const PCI_WINDOW: GpaRange = GpaRange { base: 0xC000_0000, len: 0x1000_0000 };
+/// Interrupts of PCI pins INTA to INTD, as [`PciHost::gsis`](super::acpi::PciHost::gsis): ISA ones, so that
+/// guests without a description of the I/O APIC get them from the 8259As.
+pub const PCI_GSIS: [u32; 4] = [10, 11, 5, 10];
 /// PCI Express enhanced configuration space: 1 MiB for each of 256 buses.
 pub const ECAM: GpaRange = GpaRange { base: 0xE000_0000, len: 0x1000_0000 };
 /// The first I/O APIC (Intel 82093AA data sheet).

@@ -4,6 +4,7 @@
 use zerocopy::{Immutable, IntoBytes};
 
 use super::BootError;
+use super::acpi::PciHost;
 use super::layout::{IOAPIC, LAPIC, MP_TABLE};
 use crate::memory::{GuestAddress, GuestMemory};
 
@@ -36,7 +37,8 @@ const EXT_INT: u8 = 3;
 const CONFORMS: u16 = 0;
 const HIGH_LEVEL: u16 = 0b1101;
 
-const ISA_BUS: u8 = 0;
+/// PCI buses have the numbers that configuration space gives them (MP 1.4, D.3).
+const PCI_BUS: u8 = 0;
 /// All local APICs.
 const EVERY: u8 = 0xff;
 
@@ -115,13 +117,15 @@ struct Interrupt {
 /// Writes the table to `memory` from `at` (16-byte aligned): the floating pointer, then the table.
 /// Guests find it where `at` is in [`MP_TABLE`]. `cpus` are the APIC ids, the bootstrap processor
 /// first; the table can name ids up to 254 only, and leaves out the rest. `levels` are the ISA
-/// interrupts that are level-triggered and active high (the ACPI interrupt, 9).
+/// interrupts that are level-triggered and active high (the ACPI interrupt, 9). `pci` is the PCI host
+/// bridge, if there is one: its interrupts are not ISA ones then.
 ///
 /// # Errors
 /// [`BootError::Table`] without a CPU that can be named, or for a misplaced table.
 pub fn build_table(
     cpus: &[u32],
     levels: &[u8],
+    pci: Option<&PciHost>,
     at: GuestAddress,
     memory: &GuestMemory,
 ) -> Result<(), BootError> {
@@ -137,7 +141,7 @@ pub fn build_table(
         .ok()
         .filter(|_| at.0.is_multiple_of(16))
         .ok_or_else(|| refused(format!("address {at:?}"), "put it on a multiple of 16 below 4 GiB"))?;
-    let table = table(&cpus, levels);
+    let table = table(&cpus, levels, pci);
     if at.0 == MP_TABLE.base && pointer + table.len() as u64 > MP_TABLE.len {
         return Err(refused(format!("{:#x} bytes", table.len()), "leave the table out"));
     }
@@ -155,7 +159,7 @@ pub fn build_table(
 }
 
 /// The configuration table (MP 1.4, 4.2).
-fn table(cpus: &[u8], levels: &[u8]) -> Vec<u8> {
+fn table(cpus: &[u8], levels: &[u8], pci: Option<&PciHost>) -> Vec<u8> {
     let mut entries = Vec::new();
     let mut count = 0;
     let mut add = |entry: &[u8]| {
@@ -176,25 +180,36 @@ fn table(cpus: &[u8], levels: &[u8]) -> Vec<u8> {
         };
         add(entry.as_bytes());
     }
-    add(Bus { kind: BUS, id: ISA_BUS, name: *b"ISA   " }.as_bytes());
+    let isa = u8::from(pci.is_some());
+    if pci.is_some() {
+        add(Bus { kind: BUS, id: PCI_BUS, name: *b"PCI   " }.as_bytes());
+    }
+    add(Bus { kind: BUS, id: isa, name: *b"ISA   " }.as_bytes());
     // Any id that no CPU has; KVM's I/O APIC takes the one that the guest writes.
     let ioapic = (0..EVERY).find(|id| !cpus.contains(id)).unwrap_or(0);
     let address = u32::try_from(IOAPIC.base).unwrap_or(0);
     add(IoApic { kind: IO_APIC, id: ioapic, version: IOAPIC_VERSION, flags: 1, address }.as_bytes());
     // Each is on the pin of its number, the PIT's too, as KVM has it; 2 is the cascade of the 8259A.
-    for source in (0..16).filter(|&source| source != 2) {
+    let of_pci = |irq: u8| pci.is_some_and(|pci| pci.gsis.contains(&irq.into()));
+    for source in (0..16).filter(|&source| source != 2 && !of_pci(source)) {
         let flags = if levels.contains(&source) { HIGH_LEVEL } else { CONFORMS };
         let (kind, pin) = (IO_INTERRUPT, source);
-        add(Interrupt { kind, what: INT, flags, bus: ISA_BUS, source, apic: ioapic, pin }.as_bytes());
+        add(Interrupt { kind, what: INT, flags, bus: isa, source, apic: ioapic, pin }.as_bytes());
+    }
+    for (slot, input, gsi) in pci.into_iter().flat_map(PciHost::interrupts) {
+        let Ok(pin) = u8::try_from(gsi) else { continue };
+        // Bits 2 to 6 are the slot, 0 and 1 the pin (MP 1.4, table D-3).
+        let (kind, flags, source) = (IO_INTERRUPT, HIGH_LEVEL, slot << 2 | input);
+        add(Interrupt { kind, what: INT, flags, bus: PCI_BUS, source, apic: ioapic, pin }.as_bytes());
     }
     for (what, pin) in [(EXT_INT, 0), (NMI, 1)] {
         let kind = LOCAL_INTERRUPT;
-        add(Interrupt { kind, what, flags: CONFORMS, bus: ISA_BUS, source: 0, apic: EVERY, pin }.as_bytes());
+        add(Interrupt { kind, what, flags: CONFORMS, bus: isa, source: 0, apic: EVERY, pin }.as_bytes());
     }
     let len = size_of::<Header>() + entries.len();
     let mut header = Header {
         signature: *b"PCMP",
-        // 254 CPUs take 5,080 bytes.
+        // 254 CPUs take 5,080 bytes, PCI 1,024.
         len: u16::try_from(len).unwrap_or(u16::MAX),
         revision: REVISION,
         checksum: 0,
@@ -230,7 +245,7 @@ mod tests {
         let memory = GuestMemory::new();
         memory.insert(MemoryRegion::anonymous(GuestAddress(0), 1 << 20).unwrap().into()).unwrap();
         let at = GuestAddress(MP_TABLE.base);
-        build_table(&[0, 1, 300], &[9], at, &memory).unwrap();
+        build_table(&[0, 1, 300], &[9], None, at, &memory).unwrap();
         let mut bytes = [0; 2048];
         memory.read(at, &mut bytes).unwrap();
         assert_eq!(&bytes[..4], b"_MP_");
@@ -253,10 +268,33 @@ mod tests {
     }
 
     #[test]
+    fn pci_pins_have_their_own_entries_and_no_isa_ones() {
+        let range = crate::memory::GpaRange { base: 0xe000_0000, len: 1 << 20 };
+        let gsis = [10, 11, 5, 10];
+        let pci = PciHost { ecam: range, last_bus: 0, memory: vec![], ports: None, gsis };
+        let table = table(&[0], &[9], Some(&pci));
+        assert_eq!(checksum(&table), 0);
+        let (mut rest, mut pins, mut buses) = (&table[44..], vec![], vec![]);
+        while let [kind, ..] = *rest {
+            match kind {
+                BUS => buses.push((rest[1], &rest[2..5])),
+                IO_INTERRUPT => pins.push((rest[4], rest[5], rest[7], rest[2])),
+                _ => {}
+            }
+            rest = &rest[if kind == PROCESSOR { 20 } else { 8 }..];
+        }
+        assert_eq!(buses, [(0, &b"PCI"[..]), (1, &b"ISA"[..])]);
+        assert_eq!(pins.len(), 12 + 128);
+        // Slot 3, INTB.
+        assert!(pins.contains(&(0, 3 << 2 | 1, 10, 0b1101)) && pins.contains(&(1, 9, 9, 0b1101)));
+        assert!(!pins.iter().any(|&(bus, source, ..)| bus == 1 && [5, 10, 11].contains(&source)));
+    }
+
+    #[test]
     fn a_misplaced_table_or_one_without_a_cpu_is_refused() {
         let memory = GuestMemory::new();
         for (cpus, at) in [(&[][..], 0xf_0000), (&[300], 0xf_0000), (&[0], 0xf_0001), (&[0], 1 << 32)] {
-            let error = build_table(cpus, &[], GuestAddress(at), &memory).unwrap_err();
+            let error = build_table(cpus, &[], None, GuestAddress(at), &memory).unwrap_err();
             assert!(matches!(error, BootError::Table { .. }), "{error}");
         }
     }

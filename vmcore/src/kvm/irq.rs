@@ -174,7 +174,11 @@ pub(super) fn irq_event(vm: &Arc<Shared>, route: IrqRoute) -> Result<Registratio
 }
 
 /// Makes a guest's write signal an event.
-pub(super) fn doorbell(vm: &Arc<Shared>, config: DoorbellConfig) -> Result<Registration> {
+pub(super) fn doorbell(
+    vm: &Arc<Shared>,
+    config: DoorbellConfig,
+    event: Arc<EventFd>,
+) -> Result<Registration> {
     let DoorbellConfig { at, width, value } = config;
     let any_width = width == 0 && matches!(at, IoAddress::Mmio(_)) && value.is_none();
     let widest = if matches!(at, IoAddress::Port(_)) { 4 } else { 8 };
@@ -192,7 +196,6 @@ pub(super) fn doorbell(vm: &Arc<Shared>, config: DoorbellConfig) -> Result<Regis
             fix: format!("a value of {width} bytes"),
         });
     }
-    let event = event()?;
     let mut flags = 0;
     let addr = match at {
         IoAddress::Port(port) => {

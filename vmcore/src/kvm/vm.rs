@@ -12,6 +12,7 @@ use kvm_bindings::{
     kvm_irqchip, kvm_msi, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, VmFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::irq::Routes;
 use super::sys::{self, XsaveSize};
@@ -324,8 +325,17 @@ impl BackendVm for KvmVm {
         Ok(DirtyBitmap::from_words(words, region.len() / PAGE_SIZE))
     }
 
-    fn doorbell(&self, config: DoorbellConfig) -> Result<Registration> {
-        super::irq::doorbell(&self.shared, config)
+    fn doorbell_on(&self, config: DoorbellConfig, event: Arc<EventFd>) -> Result<Registration> {
+        super::irq::doorbell(&self.shared, config, event)
+    }
+
+    fn set_level_triggered(&self, irqs: u16) -> Result<()> {
+        self.need_irqchip("level-triggered interrupts")?;
+        let mut state = self.irqchip_state()?;
+        for (pic, levels) in state.pics.iter_mut().zip(irqs.to_le_bytes()) {
+            pic.elcr |= levels & pic.elcr_mask;
+        }
+        self.set_irqchip_state(&state)
     }
 
     fn irq_event(&self, route: IrqRoute) -> Result<Registration> {

@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::chip::Chipset;
 use super::clock::Clock;
@@ -270,7 +270,7 @@ impl BackendVm for SoftVm {
         Ok(dirty)
     }
 
-    fn doorbell(&self, config: DoorbellConfig) -> Result<Registration> {
+    fn doorbell_on(&self, config: DoorbellConfig, event: Arc<EventFd>) -> Result<Registration> {
         self.refuse_threads("a doorbell", "serve the write itself, on the thread of the vCPU")?;
         let valid: &[u8] =
             if matches!(config.at, IoAddress::Port(_)) { &[1, 2, 4] } else { &[0, 1, 2, 4, 8] };
@@ -301,9 +301,6 @@ impl BackendVm for SoftVm {
                 fix: "say how wide the value is, or let any value ring".into(),
             });
         }
-        let event = Arc::new(
-            EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|e| Error::os("eventfd", "a doorbell", e))?,
-        );
         let _guard = lock(&self.machine.change);
         let mut doorbells = Vec::clone(&self.machine.doorbells.load());
         let taken = |bell: &&Doorbell| {
@@ -321,14 +318,18 @@ impl BackendVm for SoftVm {
         doorbells.push(Doorbell { config, event: event.clone() });
         self.machine.doorbells.store(Arc::new(doorbells));
         let machine = Arc::downgrade(&self.machine);
-        let bell = event.clone();
         Ok(Registration::new(event, move || {
             let Some(machine) = machine.upgrade() else { return };
             let _guard = lock(&machine.change);
-            let left =
-                machine.doorbells.load().iter().filter(|b| !Arc::ptr_eq(&b.event, &bell)).cloned().collect();
+            // No two have the same place.
+            let left = machine.doorbells.load().iter().filter(|b| b.config != config).cloned().collect();
             machine.doorbells.store(Arc::new(left));
         }))
+    }
+
+    fn set_level_triggered(&self, irqs: u16) -> Result<()> {
+        self.controllers(&self.machine.chipset, "level-triggered interrupts")?.set_level_triggered(irqs);
+        Ok(())
     }
 
     fn irq_event(&self, route: IrqRoute) -> Result<Registration> {

@@ -3,8 +3,8 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use crate::backend::{BackendVm, DoorbellConfig, IrqRoute, Registration};
-use crate::boot::acpi::{AcpiDevice, AcpiHid, PowerPorts};
+use crate::backend::{Backend, BackendVm, DoorbellConfig, IrqRoute, Registration};
+use crate::boot::acpi::{AcpiDevice, AcpiHid, PciHost, PowerPorts};
 use crate::boot::layout;
 use crate::bus::{Bus, SharedDevice};
 use crate::error::{Error, Result};
@@ -13,6 +13,7 @@ use crate::memory::{GpaRange, GuestAddress, GuestMemory};
 
 use super::clock::{Clock, Entropy};
 use super::io_thread::IoThread;
+use super::platform::Platform;
 use super::run::Control;
 use super::turns::{Timer, Timers};
 
@@ -35,13 +36,19 @@ impl<F: FnOnce(&mut Machine) -> Result<()> + Send> Attach for F {
     }
 }
 
-/// Which interrupt inputs are given out, in this order, when a device asks for any. The ISA ones
-/// that nothing standard uses come last; behind the end they are shared.
-const IRQ_POOL: [u32; 11] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 10, 11];
+/// Which interrupt inputs are given out, in this order, when a device asks for any; behind the end they are
+/// shared. The ISA ones that nothing standard uses are PCI's ([`layout::PCI_GSIS`]).
+const IRQ_POOL: [u32; 8] = [16, 17, 18, 19, 20, 21, 22, 23];
+
+/// Most bytes of guest-physical addresses above the memory that are given out, and most address bits that
+/// guests of every kind use: a 32-bit Linux has page numbers of 32 bits.
+const HIGH_WINDOW: u64 = 1 << 36;
+const HIGH_BITS: u32 = 44;
 
 /// The machine while devices are attached to it, on the thread that builds the VM.
 #[derive(Debug)]
 pub struct Machine {
+    backend: Arc<dyn Backend>,
     pub(super) vm: Arc<dyn BackendVm>,
     pub(super) memory: GuestMemory,
     pub(super) ports: Bus,
@@ -52,6 +59,8 @@ pub struct Machine {
     irqs_given: usize,
     pub(super) acpi: Vec<AcpiDevice>,
     pub(super) power: Option<PowerPorts>,
+    pub(super) pci: Option<PciHost>,
+    shared: Vec<Shared>,
     pub(super) io_threads: Vec<IoThread>,
     pub(super) kept: Vec<Kept>,
     pub(super) timers: Arc<Timers>,
@@ -61,6 +70,15 @@ pub struct Machine {
 /// Something that lives as long as the VM.
 pub(super) struct Kept(#[expect(dead_code, reason = "kept for its Drop")] Box<dyn Any + Send>);
 
+/// What several devices have in common.
+struct Shared(Box<dyn Any + Send>);
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Shared")
+    }
+}
+
 impl std::fmt::Debug for Kept {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Kept")
@@ -68,9 +86,16 @@ impl std::fmt::Debug for Kept {
 }
 
 impl Machine {
-    pub(super) fn new(vm: Arc<dyn BackendVm>, memory: GuestMemory, control: Control, irqchip: bool) -> Self {
+    pub(super) fn new(
+        backend: Arc<dyn Backend>,
+        vm: Arc<dyn BackendVm>,
+        memory: GuestMemory,
+        control: Control,
+        irqchip: bool,
+    ) -> Self {
         let clock = Clock::new(vm.world());
         Self {
+            backend,
             vm,
             memory,
             ports: Bus::new("port range"),
@@ -81,6 +106,8 @@ impl Machine {
             irqs_given: 0,
             acpi: Vec::new(),
             power: None,
+            pci: None,
+            shared: Vec::new(),
             io_threads: Vec::new(),
             kept: Vec::new(),
             timers: Arc::default(),
@@ -130,6 +157,44 @@ impl Machine {
             (at - base).checked_add(len.max(4096)).filter(|&used| used <= left).ok_or_else(|| full(left))?;
         self.window = GpaRange { base: base + used, len: left - used };
         Ok(GuestAddress(at))
+    }
+
+    /// Addresses above memory for devices that take more than fits below 4 GiB, as much as the guest's CPU
+    /// can address beside its memory, 64 GiB at most; `None` where that is nothing. Not given out for good:
+    /// who asks again gets the same.
+    ///
+    /// # Errors
+    /// Where the backend cannot say how many address bits there are.
+    pub fn high_window(&self) -> Result<Option<GpaRange>> {
+        let supported = self.backend.supported_cpuid()?;
+        let bits = supported.get(0x8000_0008, 0).map_or(36, |leaf| leaf.eax & 0xff).min(HIGH_BITS);
+        let end = 1u64 << bits;
+        let len = HIGH_WINDOW.min(end / 4);
+        let window = GpaRange { base: end - len, len };
+        let memory = self.memory.ranges().iter().filter_map(GpaRange::end).max().unwrap_or(0);
+        Ok((memory.max(layout::HIGH_RAM_BASE) <= window.base).then_some(window))
+    }
+
+    /// What the devices of a kind have in common, made by the first of them that asks: a bus, a thread.
+    /// `T` names the kind.
+    ///
+    /// # Errors
+    /// As `make` says.
+    pub fn share<T: Any + Clone + Send>(
+        &mut self,
+        make: impl FnOnce(&mut Machine) -> Result<T>,
+    ) -> Result<T> {
+        if let Some(there) = self.shared.iter().find_map(|shared| shared.0.downcast_ref::<T>()) {
+            return Ok(there.clone());
+        }
+        let made = make(self)?;
+        self.shared.push(Shared(Box::new(made.clone())));
+        Ok(made)
+    }
+
+    /// The machine for devices that move while the guest runs.
+    pub fn platform(&self) -> Platform {
+        Platform::of(self.memory.clone(), &self.mmio, self.vm.clone(), self.irqchip)
     }
 
     /// Gives out the number of a global system interrupt that the platform's own devices do not use. When all are
@@ -248,6 +313,23 @@ impl Machine {
             });
         }
         self.power = Some(power);
+        Ok(())
+    }
+
+    /// Tells the guest of the PCI host bridge: in the DSDT and the MCFG, and by its interrupts in the MP
+    /// table. Those below 16 are level-triggered at the 8259As from the start.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] where there is one already.
+    pub fn describe_pci(&mut self, host: PciHost) -> Result<()> {
+        if let Some(existing) = &self.pci {
+            return Err(Error::Conflict {
+                kind: "PCI host bridge",
+                new: format!("ECAM {}", host.ecam),
+                existing: format!("ECAM {}", existing.ecam),
+            });
+        }
+        self.pci = Some(host);
         Ok(())
     }
 

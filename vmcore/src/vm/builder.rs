@@ -9,7 +9,7 @@ use super::turns::Turns;
 use super::{Inside, Vm};
 use crate::backend::{Backend, BackendConfig};
 use crate::boot::acpi::{self, AcpiConfig, AcpiHid};
-use crate::boot::{self, Boot, MemoryLayout, layout, mptable};
+use crate::boot::{self, Boot, E820Kind, MemoryLayout, layout, mptable};
 use crate::cpuid::{CpuConfig, CpuModel, Cpuid, Topology};
 use crate::deterministic::Deterministic;
 use crate::error::{Error, Result};
@@ -182,15 +182,25 @@ impl VmBuilder {
         }
         let shared = Arc::new(Shared::default());
         let mut inside = Inside::new(vm, backend, why);
-        let layout = MemoryLayout::pc(self.memory);
+        let mut layout = MemoryLayout::pc(self.memory);
         self.map_memory(&inside, &layout)?;
         let control = Control(shared.clone());
-        let mut machine = Machine::new(inside.vm.clone(), inside.memory.clone(), control, self.irqchip);
+        let mut machine = Machine::new(
+            inside.backend.clone(),
+            inside.vm.clone(),
+            inside.memory.clone(),
+            control,
+            self.irqchip,
+        );
         machine.ports = inside.ports.clone();
         machine.mmio = inside.mmio.clone();
         let devices = std::mem::take(&mut self.devices);
         let attached = devices.into_iter().try_for_each(|device| device.attach(&mut machine));
         inside.io_threads = std::mem::take(&mut machine.io_threads);
+        if let Some(pci) = &machine.pci {
+            // Linux trusts what it finds here even before it can read the DSDT.
+            layout.reserve(pci.ecam, E820Kind::Reserved, "PCI configuration space");
+        }
         if let Some(world) = inside.vm.world() {
             let turns = Turns::new(world.clone(), machine.timers.clone());
             inside.turns = Some(Arc::new(Mutex::new(turns)));
@@ -266,6 +276,10 @@ impl VmBuilder {
         for vcpu in &mut vcpus {
             vcpu.set_cpuid(&config.cpuid(&supported, vcpu.id())?)?;
         }
+        if let Some(pci) = machine.pci.as_ref().filter(|_| self.irqchip) {
+            let irqs = pci.gsis.iter().filter(|&&gsi| gsi < 16).fold(0, |irqs, gsi| irqs | 1 << gsi);
+            inside.vm.set_level_triggered(irqs)?;
+        }
         let rsdp = self.write_tables(machine)?;
         let loaded = boot::load(boot, &inside.memory, layout, rsdp)?;
         if let Some(first) = vcpus.first_mut() {
@@ -284,7 +298,8 @@ impl VmBuilder {
         }
         let cpus = self.apic_ids();
         let levels = if machine.power.is_some() { &[ACPI_ISA_IRQ][..] } else { &[] };
-        mptable::build_table(&cpus, levels, GuestAddress(layout::MP_TABLE.base), &machine.memory)?;
+        let (pci, at) = (machine.pci.as_ref(), GuestAddress(layout::MP_TABLE.base));
+        mptable::build_table(&cpus, levels, pci, at, &machine.memory)?;
         if !self.acpi {
             return Ok(None);
         }
@@ -294,7 +309,7 @@ impl VmBuilder {
             cpus: &cpus,
             devices: &machine.acpi,
             power: machine.power.as_ref(),
-            pci: None,
+            pci: machine.pci.as_ref(),
             i8042: machine.acpi.iter().any(|device| device.hid == keyboard),
             rtc: machine.ports.claims(0x70),
             vga: machine.ports.claims(0x3c0),

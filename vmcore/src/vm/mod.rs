@@ -5,6 +5,7 @@ mod builder;
 mod clock;
 mod hash;
 mod io_thread;
+mod platform;
 mod run;
 mod thread_clock;
 mod turns;
@@ -13,6 +14,7 @@ pub use attach::{Attach, Machine};
 pub use builder::VmBuilder;
 pub use clock::{Clock, Entropy};
 pub use io_thread::{EventSet, IoThread, Watch};
+pub use platform::Platform;
 pub use run::{Control, Outcome, Paused, ResetCause, VmHandle, VmState};
 pub use turns::Timer;
 

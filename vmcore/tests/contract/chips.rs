@@ -12,6 +12,7 @@ use crate::irq::{Alarm, INTERRUPTED, run_interrupts, wait_for_interrupts, withou
 
 crate::contract!(
     a_level_interrupts_through_the_pic_until_it_falls,
+    a_level_may_be_made_one_before_the_guest_runs,
     the_pit_interrupts_through_the_pic_at_its_rate,
     a_processor_that_halts_learns_of_a_timer_set_by_another,
     an_event_wakes_a_processor_that_halts,
@@ -54,10 +55,25 @@ fn pic_guest(backend: &dyn Backend, irq: u32, prepare: impl FnOnce(&mut CodeAsse
 }
 
 fn a_level_interrupts_through_the_pic_until_it_falls(backend: &dyn Backend) {
+    if !without_irqchip(backend) {
+        level_interrupts(pic_guest(backend, 11, |a| write_ports(a, &[(0x4d1, 8)])));
+    }
+}
+
+fn a_level_may_be_made_one_before_the_guest_runs(backend: &dyn Backend) {
     if without_irqchip(backend) {
         return;
     }
-    let mut guest = pic_guest(backend, 11, |a| write_ports(a, &[(0x4d1, 8)]));
+    let guest = pic_guest(backend, 11, |_| {});
+    // The timer's, keyboard's and clock's cannot.
+    guest.vm.set_level_triggered(1 << 11 | 1 << 5 | 1 | 1 << 1 | 1 << 8).unwrap();
+    let irqchip = guest.vm.save().unwrap().irqchip.unwrap();
+    assert_eq!(irqchip.pics.map(|pic| pic.elcr), [1 << 5, 1 << 3]);
+    level_interrupts(guest);
+}
+
+/// A level on interrupt 11 comes again until it falls.
+fn level_interrupts(mut guest: Guest) {
     let (vm, handle) = (guest.vm.clone(), guest.vcpu.handle());
     let mut seen = 0;
     let mut kicker = None;

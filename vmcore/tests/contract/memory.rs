@@ -20,6 +20,7 @@ crate::contract!(
     memory_comes_and_goes_while_the_guest_runs,
     doorbells_ring_for_their_width_and_value,
     doorbells_end_with_their_registration,
+    doorbells_move_and_keep_their_event,
     impossible_doorbells_are_refused,
     a_vm_can_be_dropped_in_any_order,
 );
@@ -267,6 +268,37 @@ fn doorbells_end_with_their_registration(backend: &dyn Backend) {
     let bell = guest.vm.doorbell(config).unwrap();
     drop(guest);
     drop(bell);
+}
+
+fn doorbells_move_and_keep_their_event(backend: &dyn Backend) {
+    if !backend.supports(Capability::Doorbell) {
+        println!("skipped: {} has no doorbells", backend.name());
+        return;
+    }
+    let code = assemble(Mode::Protected, |a| {
+        for _ in 0..3 {
+            a.out(0x80, al).unwrap();
+            a.out(0x90, al).unwrap();
+            a.hlt().unwrap();
+        }
+    });
+    let mut guest = Guest::new(backend, Mode::Protected, &code);
+    let event = guest.vm.doorbell(DoorbellConfig { at: IoAddress::Port(0xa0), width: 1, value: None });
+    let event = event.unwrap().event().clone();
+    let bell = |port| {
+        let config = DoorbellConfig { at: IoAddress::Port(port), width: 1, value: None };
+        guest.vm.doorbell_on(config, event.clone()).unwrap()
+    };
+    let (first, second) = (bell(0x80), bell(0x90));
+    assert_eq!(guest.run_to_halt(), []);
+    assert_eq!(event.read().unwrap(), 2);
+    // One goes; the other, with the same event, stays.
+    drop(first);
+    assert_eq!(guest.run_to_halt(), [Access::Out(0x80, vec![0])]);
+    assert_eq!(event.read().unwrap(), 1);
+    drop(second);
+    assert_eq!(guest.run_to_halt(), [Access::Out(0x80, vec![0]), Access::Out(0x90, vec![0])]);
+    assert!(event.read().is_err(), "nobody rang");
 }
 
 fn impossible_doorbells_are_refused(backend: &dyn Backend) {

@@ -9,6 +9,7 @@ use vmcore::cpuid::{Cpuid, CpuidEntry};
 use vmcore::memory::DirtyBitmap;
 use vmcore::state::MachineState;
 use vmcore::{Error, IrqSink, MemoryRegion, Msi, Result};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Memory slots of a VM.
 pub const SLOTS: u32 = 3;
@@ -67,8 +68,11 @@ impl BackendVm for NoCpuVm {
     fn take_dirty(&self, _: Slot) -> Result<DirtyBitmap> {
         refuse("the dirty log")
     }
-    fn doorbell(&self, _: DoorbellConfig) -> Result<Registration> {
+    fn doorbell_on(&self, _: DoorbellConfig, _: Arc<EventFd>) -> Result<Registration> {
         refuse("a doorbell")
+    }
+    fn set_level_triggered(&self, _: u16) -> Result<()> {
+        refuse("interrupts")
     }
     fn irq_event(&self, _: IrqRoute) -> Result<Registration> {
         refuse("an interrupt event")

@@ -8,13 +8,14 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use vmcore::{BusDevice, GuestAddress, GuestMemory, IrqLine, MemoryRegion};
 use vmdevices::block::BlockBackend;
 use vmdevices::buffers::Buffers;
 use vmdevices::net::{HEADER, MOST_PACKET, NetBackend};
 use vmdevices::virtio::{Interrupt, Threading, VirtioDevice, VirtioMmio};
-use vmdevices::{Disk, Net, Rng, VirtioConsole, console};
+use vmdevices::{Disk, Net, Rng, VirtioConsole, Vsock, console};
 
 /// Guest memory: 64 KiB in two regions that touch, and behind it a page that the guest cannot write.
 const HALF: u64 = 0x8000;
@@ -125,6 +126,16 @@ pub fn console(input: &[u8]) -> End {
     let (terminal, script) = console::memory().expect("an event");
     script.send("typed before ".repeat(100)).expect("the device is there");
     drive(VirtioConsole::new(terminal), input)
+}
+
+/// Drives sockets of guest 3: the host listens on port 1, connects to port 2 of the guest and does not
+/// wait.
+pub fn vsock(input: &[u8]) -> End {
+    let device = Vsock::new(3).expect("events");
+    let handle = device.handle();
+    let _listener = handle.listen(1).expect("an event");
+    handle.connect(2, Duration::ZERO).expect_err("nobody is there");
+    drive(device, input)
 }
 
 /// Accepts the offered features but those that `input` masks, sets up the queues, lays `input` over

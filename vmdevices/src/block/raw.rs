@@ -3,70 +3,25 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock};
 
-use super::{BlockBackend, lock};
+use super::direct::{Alignment, Bounce, Window};
+use super::error::open_error;
+use super::{BlockBackend, DiskError, KernelFile, SECTOR, Topology, lock};
 use crate::buffers::Buffers;
 
-/// Size of a sector in bytes: the unit of disks (virtio 1.2, section 5.2).
-const SECTOR: u64 = 512;
-
-/// Why a disk cannot be opened.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum DiskError {
-    /// The operating system does not open the file.
-    #[error("cannot open disk image {path} {mode}: {source}; {fix}", path = .path.display())]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// "for reading" or "for reading and writing".
-        mode: &'static str,
-        /// What the operating system said.
-        source: io::Error,
-        /// What to do.
-        fix: &'static str,
-    },
-    /// Somebody else uses the file in a way that excludes this one.
-    #[error("disk image {path} is in use by {holder}; {fix}", path = .path.display())]
-    Locked {
-        /// The file.
-        path: PathBuf,
-        /// Who has it open, as far as it can be found out.
-        holder: String,
-        /// What to do.
-        fix: &'static str,
-    },
-    /// Neither a file nor a block device.
-    #[error("{path} is {kind}: a disk image is a regular file or a block device", path = .path.display())]
-    Kind {
-        /// The path.
-        path: PathBuf,
-        /// What it is.
-        kind: &'static str,
-    },
-    /// Too short for a single sector.
-    #[error("disk image {path} has {len} bytes: less than one sector of 512", path = .path.display())]
-    Empty {
-        /// The file.
-        path: PathBuf,
-        /// Its length in bytes.
-        len: u64,
-    },
-    /// A disk id that does not fit.
-    #[error("disk id {id:?} has {} bytes; the guest sees at most 20", .id.len())]
-    Id {
-        /// The id given.
-        id: String,
-    },
-}
-
-impl From<DiskError> for vmcore::Error {
-    fn from(error: DiskError) -> Self {
-        vmcore::Error::device("disk", error)
-    }
+/// How a raw image is opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RawOptions {
+    /// The guest cannot write, and others may read too.
+    pub read_only: bool,
+    /// Past the host's page cache (O_DIRECT). Requests that are not aligned as the file system wants
+    /// it are copied.
+    pub direct: bool,
 }
 
 /// A raw image in a file or on a block device, locked against other writers.
@@ -74,9 +29,14 @@ impl From<DiskError> for vmcore::Error {
 pub struct RawFile {
     file: File,
     path: PathBuf,
-    len: u64,
+    len: AtomicU64,
+    device: bool,
     read_only: bool,
-    block_size: u32,
+    topology: Topology,
+    /// Of O_DIRECT.
+    alignment: Alignment,
+    /// Held for writing by who reads a block, changes part of it and writes it back.
+    parts: RwLock<()>,
 }
 
 impl RawFile {
@@ -86,28 +46,23 @@ impl RawFile {
     /// # Errors
     /// [`DiskError`]: the file cannot be opened, is in use, or is no disk image.
     pub fn open(path: impl AsRef<Path>, read_only: bool) -> Result<Self, DiskError> {
-        let path = path.as_ref().to_path_buf();
-        let opened = OpenOptions::new().read(true).write(!read_only).open(&path);
-        let file = match opened {
-            Ok(file) => file,
-            Err(source) => return Err(open_error(path, read_only, source)),
-        };
-        let metadata = match file.metadata() {
-            Ok(metadata) => metadata,
-            Err(source) => return Err(open_error(path, read_only, source)),
-        };
-        let kind = metadata.file_type();
-        let (len, block_size) = if kind.is_block_device() {
-            let len = match device_len(&file) {
-                Ok(len) => len,
-                Err(source) => return Err(open_error(path, read_only, source)),
-            };
-            (len, device_block_size(&file))
-        } else if kind.is_file() {
-            (metadata.len(), u32::try_from(metadata.blksize()).unwrap_or(512))
+        Self::open_with(path, RawOptions { read_only, ..RawOptions::default() })
+    }
+
+    /// As [`RawFile::open`], with `options`.
+    ///
+    /// # Errors
+    /// As [`RawFile::open`], and [`DiskError::Direct`].
+    pub fn open_with(path: impl AsRef<Path>, options: RawOptions) -> Result<Self, DiskError> {
+        let (path, read_only) = (path.as_ref().to_path_buf(), options.read_only);
+        let file = open_image(&path, options)?;
+        let refused = |source| open_error(path.clone(), read_only, source);
+        let metadata = file.metadata().map_err(refused)?;
+        let device = metadata.file_type().is_block_device();
+        let (len, block) = if device {
+            (device_len(&file).map_err(refused)?, device_block_size(&file))
         } else {
-            let kind = if kind.is_dir() { "a directory" } else { "a character device, pipe or socket" };
-            return Err(DiskError::Kind { path, kind });
+            (metadata.len(), u32::try_from(metadata.blksize()).unwrap_or(512))
         };
         if len < SECTOR {
             return Err(DiskError::Empty { path, len });
@@ -119,22 +74,15 @@ impl RawFile {
                 len % SECTOR
             );
         }
-        match lock::lock(&file, !read_only) {
-            Ok(()) => {}
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-                let fix = if read_only {
-                    "stop whoever writes it, or use a copy"
-                } else {
-                    "stop whoever uses it, use a copy, or open it read-only if all others do"
-                };
-                return Err(DiskError::Locked { holder: lock::users(&file), path, fix });
-            }
-            // Some network file systems have no locks.
-            Err(e) => log::warn!("disk image {} cannot be locked: {e}", path.display()),
+        let alignment = if options.direct { Alignment::of(&file) } else { Alignment::NONE };
+        if !len.is_multiple_of(alignment.offset) {
+            let what = format!("its length of {len} bytes is no multiple of {}", alignment.offset);
+            return Err(DiskError::Direct { path, what });
         }
-        let len = len - len % SECTOR;
-        let block_size = if block_size.is_power_of_two() { block_size.clamp(512, 4096) } else { 512 };
-        Ok(Self { file, path, len, read_only, block_size })
+        let block = if block.is_power_of_two() { block.clamp(512, 4096) } else { 512 };
+        let topology = Topology { physical: block, discard: block, optimal: 0 };
+        let len = AtomicU64::new(len - len % SECTOR);
+        Ok(Self { file, path, len, device, read_only, topology, alignment, parts: RwLock::new(()) })
     }
 
     /// Where the image is.
@@ -158,6 +106,78 @@ impl RawFile {
             _ => Err(error),
         }
     }
+
+    /// Whether the kernel takes this as it is.
+    fn is_aligned(&self, buffers: &Buffers<'_>, offset: u64) -> bool {
+        buffers.aligned(self.alignment.memory)
+            && (offset | buffers.len() as u64).is_multiple_of(self.alignment.offset)
+    }
+
+    fn read_bounced(&self, into: &mut Buffers<'_>, mut offset: u64) -> io::Result<()> {
+        let mut bounce = Bounce::new(self.alignment, into.len());
+        while !into.is_empty() {
+            let window = bounce.window(offset, into.len());
+            self.file.read_exact_at(bounce.bytes(window.outer), window.start)?;
+            offset += into.write(&bounce.bytes(window.outer)[window.inner]) as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes `len` bytes at `offset` through a buffer of our own, which `fill` fills in turn.
+    fn write_bounced(
+        &self,
+        mut offset: u64,
+        mut len: usize,
+        mut fill: impl FnMut(&mut [u8]),
+    ) -> io::Result<()> {
+        let mut bounce = Bounce::new(self.alignment, len);
+        while len > 0 {
+            let Window { start, outer, inner } = bounce.window(offset, len);
+            let whole = inner == (0..outer);
+            let guard = (!whole).then(|| self.parts.write().unwrap_or_else(PoisonError::into_inner));
+            if guard.is_some() {
+                self.file.read_exact_at(bounce.bytes(outer), start)?;
+            }
+            offset += inner.len() as u64;
+            len -= inner.len();
+            fill(&mut bounce.bytes(outer)[inner]);
+            self.file.write_all_at(bounce.bytes(outer), start)?;
+        }
+        Ok(())
+    }
+}
+
+/// Opens a file or block device and locks it.
+pub(super) fn open_image(path: &Path, options: RawOptions) -> Result<File, DiskError> {
+    let RawOptions { read_only, direct } = options;
+    let refused = |source| open_error(path.to_path_buf(), read_only, source);
+    let flags = if direct { libc::O_DIRECT } else { 0 };
+    let file = match OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path) {
+        Err(e) if direct && e.raw_os_error() == Some(libc::EINVAL) => {
+            let what = "its file system does not have that".into();
+            return Err(DiskError::Direct { path: path.to_path_buf(), what });
+        }
+        opened => opened.map_err(refused)?,
+    };
+    let kind = file.metadata().map_err(refused)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        let kind = if kind.is_dir() { "a directory" } else { "a character device, pipe or socket" };
+        return Err(DiskError::Kind { path: path.to_path_buf(), kind });
+    }
+    match lock::lock(&file, !read_only) {
+        Ok(()) => {}
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+            let fix = if read_only {
+                "stop whoever writes it, or use a copy"
+            } else {
+                "stop whoever uses it, use a copy, or open it read-only if all others do"
+            };
+            return Err(DiskError::Locked { holder: lock::users(&file), path: path.to_path_buf(), fix });
+        }
+        // Some network file systems have no locks.
+        Err(e) => log::warn!("disk image {} cannot be locked: {e}", path.display()),
+    }
+    Ok(file)
 }
 
 const PUNCH: libc::c_int = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
@@ -165,19 +185,31 @@ const ZERO: libc::c_int = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE
 
 impl BlockBackend for RawFile {
     fn len(&self) -> u64 {
-        self.len
+        self.len.load(Ordering::Acquire)
     }
 
     fn read_only(&self) -> bool {
         self.read_only
     }
 
-    fn block_size(&self) -> u32 {
-        self.block_size
+    fn topology(&self) -> Topology {
+        self.topology
+    }
+
+    fn kernel_file(&self) -> Option<KernelFile<'_>> {
+        // Where blocks are larger than sectors, parts of them are for `write_bounced` and its lock.
+        (self.alignment.offset <= SECTOR).then(|| KernelFile {
+            fd: self.file.as_fd(),
+            memory_align: self.alignment.memory,
+            offset_align: self.alignment.offset,
+        })
     }
 
     fn read_at(&self, into: &mut Buffers<'_>, mut offset: u64) -> io::Result<()> {
         while !into.is_empty() {
+            if !self.is_aligned(into, offset) {
+                return self.read_bounced(into, offset);
+            }
             match into.fill_from_at(&self.file, offset)? {
                 // Somebody cut the file short.
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -189,6 +221,12 @@ impl BlockBackend for RawFile {
 
     fn write_at(&self, from: &mut Buffers<'_>, mut offset: u64) -> io::Result<()> {
         while !from.is_empty() {
+            if !self.is_aligned(from, offset) {
+                return self.write_bounced(offset, from.len(), |bytes| {
+                    from.read(bytes);
+                });
+            }
+            let _guard = self.parts.read().unwrap_or_else(PoisonError::into_inner);
             match from.drain_to_at(&self.file, offset)? {
                 0 => return Err(io::ErrorKind::WriteZero.into()),
                 count => offset += count as u64,
@@ -211,29 +249,33 @@ impl BlockBackend for RawFile {
         if self.fallocate(first, offset, len)? || unmap && self.fallocate(second, offset, len)? {
             return Ok(());
         }
-        let zeroes = vec![0; 64 << 10];
-        let (mut at, end) = (offset, offset.saturating_add(len));
-        while at < end {
-            let part = usize::try_from(end - at).unwrap_or(usize::MAX).min(zeroes.len());
-            self.file.write_all_at(&zeroes[..part], at)?;
-            at += part as u64;
+        self.write_bounced(offset, usize::try_from(len).map_err(io::Error::other)?, |bytes| bytes.fill(0))
+    }
+
+    fn resize(&self, len: u64) -> io::Result<()> {
+        if self.device {
+            let there = device_len(&self.file)?;
+            if len > there {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    format!("the block device has {there} bytes"),
+                ));
+            }
+        } else if !len.is_multiple_of(self.alignment.offset) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("with O_DIRECT it must be a multiple of {} bytes", self.alignment.offset),
+            ));
+        } else if len < self.len() {
+            // Requests that are checked from here on stay within what is left.
+            self.len.store(len, Ordering::Release);
+            self.file.set_len(len)?;
+        } else {
+            self.file.set_len(len)?;
         }
+        self.len.store(len, Ordering::Release);
         Ok(())
     }
-}
-
-fn open_error(path: PathBuf, read_only: bool, source: io::Error) -> DiskError {
-    let mode = if read_only { "for reading" } else { "for reading and writing" };
-    let fix = match (source.kind(), read_only) {
-        (io::ErrorKind::NotFound, _) => "check the path, or make the image first (truncate -s SIZE FILE)",
-        (io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem, false) => {
-            "give yourself write permission, or open it read-only"
-        }
-        (io::ErrorKind::PermissionDenied, true) => "give yourself permission to read it",
-        (io::ErrorKind::IsADirectory, _) => "name a file in the directory",
-        _ => "check the file",
-    };
-    DiskError::Open { path, mode, source, fix }
 }
 
 /// Size of a block device in bytes.

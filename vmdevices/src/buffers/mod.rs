@@ -1,11 +1,15 @@
 //! Pieces of guest memory that a request reads or fills: what virtqueue chains, disks and networks
 //! hand to each other without copying.
 
+mod ranges;
 mod vectored;
 
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BS;
 use vmcore::memory::Tracker;
+
+pub use ranges::GuestRanges;
+pub(crate) use vectored::MOST_PIECES;
 
 /// One piece of host memory that backs guest memory. The guest may change it at any moment.
 pub type GuestSlice<'m> = VolatileSlice<'m, BS<'m, Tracker>>;
@@ -79,6 +83,13 @@ impl<'m> Buffers<'m> {
 
     /// Takes the first `count` bytes (or what is left) off as buffers of their own.
     pub fn take(&mut self, count: usize) -> Buffers<'m> {
+        let front = self.first(count);
+        self.advance(front.len);
+        front
+    }
+
+    /// The first `count` bytes (or what is left) as buffers of their own. They stay here too.
+    pub fn first(&self, count: usize) -> Buffers<'m> {
         let mut front = Buffers::default();
         for slice in self.slices() {
             let here = slice.len().min(count - front.len);
@@ -90,7 +101,6 @@ impl<'m> Buffers<'m> {
                 break;
             }
         }
-        self.advance(front.len);
         front
     }
 
@@ -173,6 +183,7 @@ pub(crate) mod tests {
 
         let mut back = buffers(&map, &ranges);
         let mut front = back.take(5);
+        assert_eq!((back.first(7).len(), back.first(1000).len(), back.len()), (7, 102, 102));
         let (mut a, mut b) = ([0; 9], [0; 200]);
         assert_eq!((front.read(&mut a), back.read(&mut b)), (5, 102));
         assert_eq!((&a[..5], &b[..45]), (&text[..5], &text[5..]));

@@ -9,7 +9,7 @@ use vm_memory::bitmap::Bitmap;
 use super::Buffers;
 
 /// Most pieces one system call takes (`IOV_MAX` in limits.h of Linux).
-const MOST_PIECES: usize = 1024;
+pub(crate) const MOST_PIECES: usize = 1024;
 
 /// Up to this many pieces need no allocation.
 const FEW_PIECES: usize = 32;
@@ -69,9 +69,69 @@ impl Buffers<'_> {
         self.drain(drain)
     }
 
+    /// Sends to `socket` (`sendmsg`, one call, without waiting and without SIGPIPE) and consumes what
+    /// was sent. Returns how many bytes.
+    ///
+    /// # Errors
+    /// What the operating system says; `WouldBlock` where nothing can be sent now.
+    pub fn send_to(&mut self, socket: impl AsFd) -> io::Result<usize> {
+        let socket = socket.as_fd();
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: the vectors describe memory that stays mapped for the call (see `vectors`), and
+        // the kernel only reads it.
+        self.drain(|iov| unsafe { libc::sendmsg(socket.as_raw_fd(), &message(iov), flags) })
+    }
+
+    /// Fills from the data that `socket` has received, behind the first bytes, which go to `skip`,
+    /// and leaves all of it there (`recvmsg` with `MSG_PEEK`, one call, without waiting). Consumes
+    /// what was filled. Returns how many bytes, `skip` included.
+    ///
+    /// # Errors
+    /// What the operating system says; `WouldBlock` where there is none now.
+    pub fn peek_from(&mut self, socket: impl AsFd, skip: &mut [u8]) -> io::Result<usize> {
+        let socket = socket.as_fd();
+        let head = [libc::iovec { iov_base: skip.as_mut_ptr().cast(), iov_len: skip.len() }];
+        let head = if skip.is_empty() { &[][..] } else { &head };
+        let flags = libc::MSG_DONTWAIT | libc::MSG_PEEK;
+        // SAFETY: the vectors describe `skip`, which is borrowed exclusively, and memory that stays
+        // mapped for the call (see `vectors`); the kernel writes only there.
+        let call =
+            |iov: &[libc::iovec]| unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message(iov), flags) };
+        let done = self.vectors(head, &[], |iov| retry(|| call(iov)))?;
+        self.filled(done.saturating_sub(skip.len()));
+        Ok(done)
+    }
+
+    /// Whether every piece begins and ends at a multiple of `align` bytes of host memory.
+    pub(crate) fn aligned(&self, align: usize) -> bool {
+        align <= 1
+            || self
+                .slices()
+                .iter()
+                .all(|slice| (slice.ptr_guard().as_ptr().addr() | slice.len()).is_multiple_of(align))
+    }
+
+    /// The pieces that are left as vectors for the kernel; good for as long as the memory is mapped.
+    pub(crate) fn to_vectors(&self) -> Vec<libc::iovec> {
+        self.pieces().collect()
+    }
+
+    fn pieces(&self) -> impl Iterator<Item = libc::iovec> {
+        self.slices().iter().map(|slice| libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        })
+    }
+
     fn fill(&mut self, tail: &[libc::iovec], call: impl Fn(&[libc::iovec]) -> isize) -> io::Result<usize> {
-        let done = self.vectors(tail, |iov| retry(|| call(iov)))?;
-        let mut rest = done;
+        let done = self.vectors(&[], tail, |iov| retry(|| call(iov)))?;
+        self.filled(done);
+        Ok(done)
+    }
+
+    /// Consumes `count` bytes that the kernel has written.
+    fn filled(&mut self, count: usize) {
+        let mut rest = count;
         for slice in self.slices() {
             let here = rest.min(slice.len());
             slice.bitmap().mark_dirty(0, here);
@@ -80,28 +140,31 @@ impl Buffers<'_> {
                 break;
             }
         }
-        self.advance(done);
-        Ok(done)
+        self.advance(count);
     }
 
     fn drain(&mut self, call: impl Fn(&[libc::iovec]) -> isize) -> io::Result<usize> {
-        let done = self.vectors(&[], |iov| retry(|| call(iov)))?;
+        let done = self.vectors(&[], &[], |iov| retry(|| call(iov)))?;
         self.advance(done);
         Ok(done)
     }
 
-    /// Calls `call` with the vectors of the pieces that are left (at most `IOV_MAX`), then `tail`.
+    /// Calls `call` with the vectors `head`, those of the pieces that are left, and `tail`; at most
+    /// `IOV_MAX` in all.
     ///
     /// The memory is valid for the call: a `VolatileSlice<'m>` refers to mapped memory for `'m`,
     /// and `self` lives through the call. No Rust reference to it exists, so that the guest and the
     /// kernel may change it at any time.
-    fn vectors<R>(&self, tail: &[libc::iovec], call: impl FnOnce(&[libc::iovec]) -> R) -> R {
-        let pieces = self.slices().iter().map(|slice| libc::iovec {
-            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-            iov_len: slice.len(),
-        });
-        let all = pieces.take(MOST_PIECES - tail.len()).chain(tail.iter().copied());
-        if self.slices().len() + tail.len() <= FEW_PIECES {
+    fn vectors<R>(
+        &self,
+        head: &[libc::iovec],
+        tail: &[libc::iovec],
+        call: impl FnOnce(&[libc::iovec]) -> R,
+    ) -> R {
+        let others = head.len() + tail.len();
+        let pieces = self.pieces().take(MOST_PIECES - others);
+        let all = head.iter().copied().chain(pieces).chain(tail.iter().copied());
+        if self.slices().len() + others <= FEW_PIECES {
             let mut few = [EMPTY; FEW_PIECES];
             let count = few.iter_mut().zip(all).map(|(slot, iov)| *slot = iov).count();
             call(&few[..count])
@@ -109,6 +172,15 @@ impl Buffers<'_> {
             call(&all.collect::<Vec<_>>())
         }
     }
+}
+
+/// A message of the data in `iov` alone.
+fn message(iov: &[libc::iovec]) -> libc::msghdr {
+    // SAFETY: a msghdr is plain data, for which zeroes are valid: no name, no control data.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = iov.as_ptr().cast_mut();
+    message.msg_iovlen = iov.len();
+    message
 }
 
 fn retry(call: impl Fn() -> isize) -> io::Result<usize> {
@@ -184,6 +256,32 @@ mod tests {
         let mut back = [0; 100];
         a.read_exact(&mut back).unwrap();
         assert!(back.iter().copied().eq(0..100));
+    }
+
+    #[test]
+    fn sockets_are_peeked_behind_what_is_skipped_and_sent_to() {
+        let memory = memory();
+        let map = memory.snapshot();
+        let (mut a, mut b) = std::os::unix::net::UnixStream::pair().unwrap();
+        a.write_all(&(0..100).collect::<Vec<u8>>()).unwrap();
+        for skip in [0, 10, 100] {
+            let mut into = buffers(&map, &[(0x7ff0, 0x20), (0x100, 200)]);
+            let room = into.len();
+            assert_eq!(into.peek_from(&b, &mut vec![0; skip]).unwrap(), 100);
+            assert_eq!(into.len(), room - (100 - skip));
+        }
+        let mut edge = [0; 1];
+        memory.read(GuestAddress(0x8000), &mut edge).unwrap();
+        assert_eq!(edge, [26]);
+        let mut rest = [0; 100];
+        b.read_exact(&mut rest).unwrap();
+        assert!(rest.iter().copied().eq(0..100));
+        let none = buffers(&map, &[(0, 10)]).peek_from(&b, &mut []).unwrap_err();
+        assert_eq!(none.kind(), std::io::ErrorKind::WouldBlock);
+        assert_eq!(buffers(&map, &[(0x7ff0, 0x20)]).send_to(&b).unwrap(), 0x20);
+        drop(a);
+        let broken = buffers(&map, &[(0, 10)]).send_to(&b).unwrap_err();
+        assert_eq!(broken.kind(), std::io::ErrorKind::BrokenPipe);
     }
 
     #[test]

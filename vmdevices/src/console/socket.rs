@@ -2,9 +2,7 @@
 
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use rustix::event::epoll;
@@ -12,6 +10,7 @@ use vmcore::{Error, Result};
 
 use super::stream::Stream;
 use super::{Console, Descriptor, Input};
+use crate::unix_socket::Listener;
 
 /// A console that listens on a Unix socket: connect with `socat -,raw,echo=0 UNIX-CONNECT:PATH`,
 /// `nc -U PATH`, or a program.
@@ -24,12 +23,11 @@ use super::{Console, Descriptor, Input};
 /// the user's own. The file is removed when the console is dropped.
 #[derive(Debug)]
 pub struct Socket {
-    listener: UnixListener,
+    listener: Listener,
     client: Option<Stream>,
     /// Waits for listener and client, so that one descriptor stands for every client there will be.
     /// It is readable too when the client takes more output.
     wait: Descriptor,
-    path: PathBuf,
 }
 
 impl Socket {
@@ -39,29 +37,30 @@ impl Socket {
     /// [`Error::Config`] where another program listens there or there is another kind of file,
     /// [`Error::Os`] where the host refuses.
     pub fn listen(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref().to_path_buf();
-        let listener = listen("console socket", &path)?;
-        let os = |op| {
-            let path = path.display();
-            move |e: io::Error| Error::os(op, format_args!("the console's socket {path}"), e)
-        };
+        let listener = Listener::bind(path.as_ref(), "console socket")?;
         let wait = epoll::create(epoll::CreateFlags::CLOEXEC)
             .and_then(|wait| {
                 let data = epoll::EventData::new_u64(0);
-                epoll::add(&wait, &listener, data, epoll::EventFlags::IN).map(|()| wait)
+                epoll::add(&wait, &listener.socket, data, epoll::EventFlags::IN).map(|()| wait)
             })
-            .map_err(|e| os("epoll")(e.into()))?;
-        Ok(Self { listener, client: None, wait: Arc::new(wait), path })
+            .map_err(|e| {
+                Error::os(
+                    "epoll",
+                    format_args!("the console socket {}", listener.path.display()),
+                    io::Error::from(e),
+                )
+            })?;
+        Ok(Self { listener, client: None, wait: Arc::new(wait) })
     }
 
     /// Where the socket is.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.listener.path
     }
 
     /// Takes the next client; `false` where there is none.
     fn accept(&mut self) -> io::Result<bool> {
-        let client = match self.listener.accept() {
+        let client = match self.listener.socket.accept() {
             Ok((client, _)) => OwnedFd::from(client),
             Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(false),
             Err(e) => return Err(e),
@@ -71,36 +70,6 @@ impl Socket {
         self.client = Some(Stream::socket(Arc::new(client)));
         Ok(true)
     }
-}
-
-/// Listens, without blocking, on a new socket at `path`, or in place of one that nobody listens on any
-/// more. `what` it is goes into errors, which are those of [`Socket::listen`].
-pub(crate) fn listen(what: &'static str, path: &Path) -> Result<UnixListener> {
-    let listener = match UnixListener::bind(path) {
-        Err(e) if e.kind() == ErrorKind::AddrInUse => {
-            clear(what, path)?;
-            UnixListener::bind(path)
-        }
-        bound => bound,
-    };
-    let os = |op| move |e: io::Error| Error::os(op, format_args!("{what} {}", path.display()), e);
-    let listener = listener.map_err(os("bind"))?;
-    listener.set_nonblocking(true).map_err(os("ioctl(FIONBIO)"))?;
-    Ok(listener)
-}
-
-/// Removes the socket at `path` if nobody listens on it.
-fn clear(what: &'static str, path: &Path) -> Result<()> {
-    let refused = |fix: &str| Error::Config { what, value: path.display().to_string(), fix: fix.into() };
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
-    if !is_socket {
-        return Err(refused("there is another kind of file; choose another path"));
-    }
-    match UnixStream::connect(path) {
-        Err(e) if e.kind() == ErrorKind::ConnectionRefused => {}
-        _ => return Err(refused("another program listens on it; choose another path")),
-    }
-    std::fs::remove_file(path).map_err(|e| Error::os("unlink", path.display(), e))
 }
 
 impl Console for Socket {
@@ -127,7 +96,7 @@ impl Console for Socket {
                 Ok(false) => return Ok(Input::Nothing),
                 // Clients to come are not to blame.
                 Err(e) => {
-                    log::warn!("console socket {}: a client is lost: {e}", self.path.display());
+                    log::warn!("console socket {}: a client is lost: {e}", self.path().display());
                     return Ok(Input::Nothing);
                 }
             }
@@ -139,19 +108,12 @@ impl Console for Socket {
     }
 }
 
-impl Drop for Socket {
-    fn drop(&mut self) {
-        if let Err(e) = std::fs::remove_file(&self.path) {
-            log::info!("console socket {} is not removed: {e}", self.path.display());
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::console::Link;
     use std::io::{Read, Write};
+    use std::os::unix::net::{UnixListener, UnixStream};
     use std::sync::Mutex;
     use std::time::{Duration, Instant};
     use vmcore::{IoThread, Watch};

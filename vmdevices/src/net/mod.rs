@@ -1,5 +1,5 @@
 //! What network cards are connected to: a [`Tap`] of the host, another process by [`Stream`] or
-//! [`Datagram`], other machines of this process by a [`Hub`]; or whatever else is a [`NetBackend`].
+//! [`Datagram`], other machines of this process by a [`Hub`], the host's networks by a [`Nat`]; or whatever else is a [`NetBackend`].
 //!
 //! A [`Capture`] records, and a [`Limiter`] limits, what goes through any of them.
 
@@ -7,6 +7,7 @@ mod capture;
 mod datagram;
 mod hub;
 mod limit;
+mod nat;
 mod stream;
 mod tap;
 mod wait;
@@ -24,6 +25,7 @@ pub use capture::{Capture, Captured};
 pub use datagram::Datagram;
 pub use hub::{Hub, Port, pair};
 pub use limit::{Limited, Limiter, Rate, Rates};
+pub use nat::{Action, Cidr, Destination, Forward, Nat, NatError, NatHandle, NatStats, Protocol, RuleCount};
 pub use stream::Stream;
 pub use tap::{Tap, TapError};
 

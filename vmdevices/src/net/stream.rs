@@ -3,7 +3,7 @@
 
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use vmcore::{Error, EventSet, Result};
 use super::wait::{Timer, Wait};
 use super::{HEADER, MOST_PACKET, NetBackend, deliver};
 use crate::buffers::Buffers;
-use crate::console::socket::listen;
+use crate::unix_socket::Listener;
 
 /// Bytes in front of each frame.
 const LENGTH: usize = 4;
@@ -64,7 +64,7 @@ enum Peers {
     /// There is one, and no other.
     Given,
     Connect(PathBuf),
-    Listen(UnixListener),
+    Listen(Listener),
 }
 
 impl Stream {
@@ -96,7 +96,7 @@ impl Stream {
     /// [`Error::Config`] where another program listens there or there is another kind of file,
     /// [`Error::Os`] where the host refuses.
     pub fn listen(path: impl AsRef<Path>) -> Result<Self> {
-        let listener = listen("network socket", path.as_ref())?;
+        let listener = Listener::bind(path.as_ref(), "network socket")?;
         Self::with(Peers::Listen(listener), None)
     }
 
@@ -113,7 +113,7 @@ impl Stream {
         let os = |error| Error::os("epoll or timerfd", "a network socket", error);
         let wait = Wait::new().map_err(os)?;
         if let Peers::Listen(listener) = &peers {
-            wait.add(listener.as_raw_fd(), EventSet::IN).map_err(os)?;
+            wait.add(listener.socket.as_raw_fd(), EventSet::IN).map_err(os)?;
         }
         let timer = Timer::new(&wait).map_err(os)?;
         let mut this = Self {
@@ -164,7 +164,7 @@ impl Stream {
         }
         let socket = match &self.peers {
             Peers::Given => Err(none()),
-            Peers::Listen(listener) => listener.accept().map(|(socket, _)| socket),
+            Peers::Listen(listener) => listener.socket.accept().map(|(socket, _)| socket),
             Peers::Connect(_) if Instant::now() < self.again => Err(none()),
             Peers::Connect(path) => UnixStream::connect(path),
         };

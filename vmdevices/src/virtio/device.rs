@@ -23,6 +23,8 @@ impl DeviceType {
     pub const CONSOLE: Self = Self(3);
     /// Entropy source (5.4).
     pub const ENTROPY: Self = Self(4);
+    /// Sockets (5.10).
+    pub const SOCKET: Self = Self(19);
 }
 
 /// A virtio device, as its driver sees it: type, features, configuration.
@@ -117,6 +119,9 @@ pub struct Activation {
     pub queues: Vec<VirtQueue>,
     /// The way to the driver, for devices that have more to say than their queues do.
     pub transport: Arc<dyn Transport>,
+    /// The workers run on the vCPU's thread ([`Threading::Vcpu`](super::Threading::Vcpu)): every
+    /// request must have ended when the call that took it returns, since nobody waits for descriptors.
+    pub on_vcpu: bool,
 }
 
 impl Activation {

@@ -1,6 +1,8 @@
 //! Tests with a driver that breaks rules: it writes registers and rings by hand.
 
+mod disks;
 mod every;
+mod vsock;
 
 use std::collections::VecDeque;
 use std::io;
@@ -714,11 +716,12 @@ proptest! {
             1..200,
         ),
         junk in prop::collection::vec(any::<u16>(), 64),
-        which in 0..3,
+        which in 0..4,
     ) {
         let mut driver = match which {
             0 => Driver::disk(),
             1 => Driver::new(Rng::new(), Threading::Vcpu),
+            2 => Driver::new(Vsock::new(3).unwrap(), Threading::Vcpu),
             _ => Driver::new(VirtioConsole::new(crate::console::Null), Threading::Vcpu),
         };
         driver.start();

@@ -82,6 +82,16 @@ impl Lifecycle {
         word(self.offered, bank)
     }
 
+    /// 32 of the feature bits that the driver has accepted, from bit `32 * bank`.
+    pub(super) fn accepted(&self, bank: u32) -> u32 {
+        word(self.accepted, bank)
+    }
+
+    /// Whether workers serve the queues.
+    pub(super) fn is_active(&self) -> bool {
+        self.runner.is_some()
+    }
+
     /// The driver accepts 32 feature bits, from bit `32 * bank`.
     pub(super) fn accept(&mut self, bank: u32, bits: u32) {
         let now = self.status.get();
@@ -162,6 +172,7 @@ impl Lifecycle {
             features: self.accepted,
             queues,
             transport: self.transport.clone(),
+            on_vcpu: matches!(self.threading, Threading::Vcpu),
         })?;
         Runner::start(workers, &self.doorbells, &self.threading, &self.status, &self.transport)
     }

@@ -5,13 +5,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
 use vmcore::backend::Registration;
-use vmcore::{BusDevice, Error, GuestMemory, IrqLine, Machine, Result};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmcore::{BusDevice, GuestMemory, IrqLine, Machine, Result};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Transport, VirtioDevice};
 use super::lifecycle::{self, Lifecycle};
 use super::runner::{Status, Threading};
-use super::status;
+use super::{set_high, set_low, status};
 use crate::saved;
 
 /// Register offsets in bytes (virtio 1.2, table 4.1).
@@ -148,12 +148,7 @@ impl VirtioMmio {
         interrupt: Interrupt,
         threading: Threading,
     ) -> Result<Self> {
-        let doorbells = device
-            .queue_sizes()
-            .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new))
-            .collect::<std::io::Result<Vec<_>>>()
-            .map_err(|error| Error::os("eventfd", "virtio notifications", error))?;
+        let doorbells = super::events(device.queue_sizes().len())?;
         Ok(Self::with_doorbells(name.into(), Box::new(device), memory, interrupt, threading, doorbells))
     }
 
@@ -242,14 +237,6 @@ impl VirtioMmio {
             _ => {}
         }
     }
-}
-
-fn set_low(address: &mut u64, value: u32) {
-    *address = *address & !0xffff_ffff | u64::from(value);
-}
-
-fn set_high(address: &mut u64, value: u32) {
-    *address = *address & 0xffff_ffff | u64::from(value) << 32;
 }
 
 impl BusDevice for VirtioMmio {

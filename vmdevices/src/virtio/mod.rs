@@ -2,7 +2,7 @@
 //!
 //! A [`VirtioDevice`] says what the driver sees and answers at once; the [`Worker`]s it makes serve
 //! its [`VirtQueue`]s on whatever thread the board gives them ([`Threading`]). A device is attached as it
-//! is, with an I/O thread of its own, or by [`mmio`], with a choice:
+//! is, behind virtio-mmio with an I/O thread of its own, or by [`mmio`] or [`pci`], with a choice:
 //!
 //! ```no_run
 //! use vmcore::{Vm, boot::Linux};
@@ -13,6 +13,7 @@
 //!     .boot(Linux::new("vmlinuz").initrd("initrd.img").cmdline("root=/dev/vda"))
 //!     .attach(Disk::open("root.img")?)
 //!     .attach(Net::tap("tap0")?)
+//!     .attach(virtio::pci(Disk::open("data.img")?).slot(5))
 //!     .attach(virtio::mmio(Rng::new()).threading(Threading::Vcpu))
 //!     .build()?;
 //! # Ok(())
@@ -24,7 +25,6 @@
 
 mod attach;
 mod block;
-mod complaints;
 mod console;
 mod device;
 #[cfg(test)]
@@ -32,21 +32,30 @@ mod hostile;
 mod lifecycle;
 mod mmio;
 mod net;
+mod pci;
 mod queue;
 mod rng;
 mod runner;
+mod vsock;
 
-pub use attach::{MmioAttach, mmio};
-pub use block::Disk;
+pub use attach::{MmioAttach, PciAttach, mmio, pci};
+pub use block::{CacheMode, Disk, DiskHandle};
 pub use console::VirtioConsole;
 pub use device::{
     Activation, DeviceType, Progress, Source, Transport, VirtioDevice, Worker, read_config_bytes,
 };
 pub use mmio::{Interrupt, VirtioMmio};
 pub use net::{Mac, Net, NetCounters, NetHandle};
-pub use queue::{Chain, QueueError, VirtQueue};
+pub use pci::VirtioPci;
+pub use queue::{Chain, QueueError, RangeChain, VirtQueue};
 pub use rng::Rng;
 pub use runner::Threading;
+pub use vsock::{Vsock, VsockHandle, VsockListener};
+
+use std::sync::Arc;
+
+use vmcore::{Error, Result};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Feature bits that are the transport's (virtio 1.2, section 6).
 mod features {
@@ -67,4 +76,22 @@ mod status {
     pub(super) const FAILED: u32 = 128;
     /// Those a driver may write.
     pub(super) const OF_DRIVER: u32 = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED;
+}
+
+/// An event for each of `queues`, by which its driver's notifications reach the device.
+fn events(queues: usize) -> Result<Vec<Arc<EventFd>>> {
+    (0..queues)
+        .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new))
+        .collect::<std::io::Result<_>>()
+        .map_err(|error| Error::os("eventfd", "virtio notifications", error))
+}
+
+/// Sets the low half of an address.
+fn set_low(address: &mut u64, value: u32) {
+    *address = *address & !0xffff_ffff | u64::from(value);
+}
+
+/// Sets the high half of an address.
+fn set_high(address: &mut u64, value: u32) {
+    *address = *address & 0xffff_ffff | u64::from(value) << 32;
 }

@@ -16,7 +16,7 @@ use vmcore::GuestAddress;
 use vmcore::memory::MemoryMap;
 
 use super::device::{Progress, Transport};
-use crate::buffers::Buffers;
+use crate::buffers::{Buffers, GuestRanges};
 
 /// How a driver broke the rules (virtio 1.2, section 2.7). The device needs a reset.
 #[derive(Debug, thiserror::Error)]
@@ -109,6 +109,17 @@ pub struct Chain<'m> {
     pub readable: Buffers<'m>,
     /// Where the answer goes.
     pub writable: Buffers<'m>,
+}
+
+/// A request that stays in flight: as [`Chain`], by address.
+#[derive(Debug, Default)]
+pub struct RangeChain {
+    /// Index of the first descriptor: names the chain when it is given back.
+    pub head: u16,
+    /// What the driver says.
+    pub readable: GuestRanges,
+    /// Where the answer goes.
+    pub writable: GuestRanges,
 }
 
 /// One virtqueue of an active device (virtio 1.2, section 2.7), used by one worker at a time.
@@ -215,6 +226,48 @@ impl VirtQueue {
     /// # Errors
     /// Where ring or chain break the rules; what was taken before is to be given back no more.
     pub fn pop<'m>(&mut self, map: &'m MemoryMap) -> Result<Option<Chain<'m>>, QueueError> {
+        let (queue, limit) = (self.index, self.queue.max_size());
+        let Some(descriptors) = self.next(map)? else { return Ok(None) };
+        let head = descriptors.head_index();
+        let mut chain = Chain { head, readable: Buffers::default(), writable: Buffers::default() };
+        walk(queue, descriptors, limit, |at, len, access| {
+            let outside = |_| QueueError::Buffer { queue, head, at: at.0, len };
+            let buffers = match access {
+                Permissions::Write => &mut chain.writable,
+                _ => &mut chain.readable,
+            };
+            for slice in map.get_slices(at, len as usize, access).map_err(outside)? {
+                buffers.push(slice.map_err(outside)?);
+            }
+            Ok(())
+        })?;
+        Ok(Some(chain))
+    }
+
+    /// As [`VirtQueue::pop`], for a request that outlives the call: its buffers are within `map`.
+    ///
+    /// # Errors
+    /// As [`VirtQueue::pop`].
+    pub fn pop_ranges(&mut self, map: &MemoryMap) -> Result<Option<RangeChain>, QueueError> {
+        let (queue, limit) = (self.index, self.queue.max_size());
+        let Some(descriptors) = self.next(map)? else { return Ok(None) };
+        let head = descriptors.head_index();
+        let mut chain = RangeChain { head, ..RangeChain::default() };
+        walk(queue, descriptors, limit, |at, len, access| {
+            if len > 0 && !map.check_range(at, len as usize, access) {
+                return Err(QueueError::Buffer { queue, head, at: at.0, len });
+            }
+            match access {
+                Permissions::Write => chain.writable.push(at, len as usize),
+                _ => chain.readable.push(at, len as usize),
+            }
+            Ok(())
+        })?;
+        Ok(Some(chain))
+    }
+
+    /// The next chain, not looked at yet.
+    fn next<'m>(&mut self, map: &'m MemoryMap) -> Result<Option<DescriptorChain<&'m MemoryMap>>, QueueError> {
         if !self.queue.ready() {
             return Ok(None);
         }
@@ -224,10 +277,8 @@ impl VirtQueue {
         }
         let queue = self.index;
         let mut heads = self.queue.iter(map).map_err(|source| QueueError::Index { queue, source })?;
-        let Some(descriptors) = heads.next() else { return Err(self.lost()) };
-        // A limit by the device's size: drivers may use fewer entries and put longer chains into
-        // indirect tables.
-        walk(queue, descriptors, map, self.queue.max_size()).map(Some)
+        let next = heads.next();
+        next.map(Some).ok_or_else(|| self.lost())
     }
 
     /// Puts the last `count` requests that [`VirtQueue::pop`] gave back to where they were.
@@ -358,16 +409,17 @@ impl VirtQueue {
     }
 }
 
-/// The buffers of a chain, all in memory and in order. virtio-queue's iterator bounds the walk by
-/// the table's size; it ends early where a chain is bad, which this tells from its end.
-fn walk<'m>(
+/// Gives `take` the buffers of a chain, in order: address, length, and whether they are read or written.
+/// virtio-queue's iterator bounds the walk by the table's size; it ends early where a chain is bad, which
+/// this tells from its end. A limit by the device's size: drivers may use fewer entries and put longer
+/// chains into indirect tables.
+fn walk(
     queue: u16,
-    descriptors: DescriptorChain<&'m MemoryMap>,
-    map: &'m MemoryMap,
+    descriptors: DescriptorChain<&MemoryMap>,
     limit: u16,
-) -> Result<Chain<'m>, QueueError> {
+    mut take: impl FnMut(GuestAddress, u32, Permissions) -> Result<(), QueueError>,
+) -> Result<(), QueueError> {
     let head = descriptors.head_index();
-    let mut chain = Chain { head, readable: Buffers::default(), writable: Buffers::default() };
     let (mut ended, mut answers, mut count) = (false, false, 0);
     for descriptor in descriptors {
         count += 1;
@@ -375,20 +427,16 @@ fn walk<'m>(
             return Err(QueueError::Long { queue, head, limit });
         }
         ended = !descriptor.has_next();
-        let (buffers, access) = if descriptor.is_write_only() {
+        let access = if descriptor.is_write_only() {
             answers = true;
-            (&mut chain.writable, Permissions::Write)
+            Permissions::Write
         } else if answers {
             // Virtio 1.2, section 2.7.4.2.
             return Err(QueueError::Order { queue, head });
         } else {
-            (&mut chain.readable, Permissions::Read)
+            Permissions::Read
         };
-        let (at, len) = (descriptor.addr(), descriptor.len());
-        let outside = |_| QueueError::Buffer { queue, head, at: at.0, len };
-        for slice in map.get_slices(at, len as usize, access).map_err(outside)? {
-            buffers.push(slice.map_err(outside)?);
-        }
+        take(descriptor.addr(), descriptor.len(), access)?;
     }
-    if ended { Ok(chain) } else { Err(QueueError::Chain { queue, head }) }
+    if ended { Ok(()) } else { Err(QueueError::Chain { queue, head }) }
 }

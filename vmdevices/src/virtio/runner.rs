@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmcore::{Error, EventSet, IoThread, Result, Watch};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::complaints::Complaints;
 use super::device::{Progress, Source, Transport, Worker, causes};
 use super::queue::{Position, QueueError, VirtQueue};
 use super::status;
+use crate::complaints::Complaints;
 
 /// Where a device's requests are served.
 #[derive(Clone, Debug)]

@@ -2,8 +2,9 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package,
-    PackageBuilder, Path, ResourceTemplate, Scope,
+    AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal, IO, If,
+    Interrupt, Local, Memory32Fixed, Method, Name, NotEqual, ONE, Or, Package, PackageBuilder, Path,
+    ResourceTemplate, Return, Scope, Store, Uuid,
 };
 
 use super::{AcpiConfig, AcpiDevice, AcpiHid, AcpiResource, PciHost, table};
@@ -156,13 +157,10 @@ fn pci_host(pci: &PciHost, out: &mut Vec<u8>) -> Result<(), BootError> {
         });
     }
     let mut routes = PackageBuilder::new();
-    for slot in 0..32u32 {
-        for (pin, offset) in (0u8..4).zip(0usize..) {
-            let gsi = pci.gsis[(slot as usize + offset) % 4];
-            let address = slot << 16 | 0xffff;
-            let route: [&dyn Aml; 4] = [&address, &pin, &0u8, &gsi];
-            routes.add_element(&Package::new(route.to_vec()));
-        }
+    for (slot, pin, gsi) in pci.interrupts() {
+        let address = u32::from(slot) << 16 | 0xffff;
+        let route: [&dyn Aml; 4] = [&address, &pin, &0u8, &gsi];
+        routes.add_element(&Package::new(route.to_vec()));
     }
     let host = [
         Name::new("_HID".into(), &EISAName::new("PNP0A08")),
@@ -173,7 +171,10 @@ fn pci_host(pci: &PciHost, out: &mut Vec<u8>) -> Result<(), BootError> {
         Name::new("_CRS".into(), &ResourceTemplate::new(resources.iter().map(|r| &**r).collect())),
         Name::new("_PRT".into(), &routes),
     ];
-    Device::new("PCI0".into(), refs(&host)).to_aml_bytes(out);
+    let control = operating_system_capabilities();
+    let mut children = refs(&host);
+    children.push(&control);
+    Device::new("PCI0".into(), children).to_aml_bytes(out);
     let ecam: [&dyn Aml; 1] = [&Memory32Fixed::new(true, ecam, ecam_len)];
     let board = [
         Name::new("_HID".into(), &EISAName::new("PNP0C02")),
@@ -183,6 +184,49 @@ fn pci_host(pci: &PciHost, out: &mut Vec<u8>) -> Result<(), BootError> {
     Device::new("ECAM".into(), refs(&board)).to_aml_bytes(out);
     Ok(())
 }
+
+/// _OSC: the guest asks for control of PCI Express features and gets what it asks for, as there is no
+/// firmware that would keep any (PCI Firmware Specification 3.3, 4.5.1; ACPI 6.5, 6.2.11).
+fn operating_system_capabilities() -> Raw {
+    /// PCI host bridge devices.
+    const UUID: &str = "33db4d5b-1ff7-401c-9657-7441c03dd766";
+    /// Hot plug of both kinds, power events, error reporting, the capability structure.
+    const GRANTED: u8 = 0x1f;
+    const UNKNOWN_UUID: u8 = 1 << 2;
+    const UNKNOWN_REVISION: u8 = 1 << 3;
+    const MASKED: u8 = 1 << 4;
+    let (uuid, revision, answer) = (Arg(0), Arg(1), Arg(3));
+    let (status, control) = (Path::new("CDW1"), Path::new("CDW3"));
+    let (wanted, granted) = (Local(0), Local(1));
+    let say = |bit: &'static u8| Or::new(&Path::new("CDW1"), &Path::new("CDW1"), bit).bytes();
+    let known = [
+        CreateDWordField::new(&control, &answer, &8u8).bytes(),
+        Store::new(&wanted, &control).bytes(),
+        And::new(&granted, &wanted, &GRANTED).bytes(),
+        If::new(&NotEqual::new(&revision, &ONE), vec![&say(&UNKNOWN_REVISION)]).bytes(),
+        If::new(&NotEqual::new(&wanted, &granted), vec![&say(&MASKED)]).bytes(),
+        Store::new(&control, &granted).bytes(),
+    ];
+    let body = [
+        CreateDWordField::new(&status, &answer, &0u8).bytes(),
+        If::new(&Equal::new(&uuid, &Uuid::new(UUID)), known.iter().map(|term| term as &dyn Aml).collect())
+            .bytes(),
+        Else::new(vec![&say(&UNKNOWN_UUID)]).bytes(),
+        Return::new(&answer).bytes(),
+    ];
+    Method::new("_OSC".into(), 4, true, body.iter().map(|term| term as &dyn Aml).collect()).bytes()
+}
+
+/// Terms are written out at once, so that they need not be kept beside those that contain them.
+trait Bytes: Aml {
+    fn bytes(&self) -> Raw {
+        let mut bytes = Vec::new();
+        self.to_aml_bytes(&mut bytes);
+        Raw(bytes)
+    }
+}
+
+impl<T: Aml> Bytes for T {}
 
 fn refs(names: &[Name]) -> Vec<&dyn Aml> {
     names.iter().map(|name| name as &dyn Aml).collect()

@@ -134,6 +134,18 @@ pub struct PciHost {
     pub gsis: [u32; 4],
 }
 
+impl PciHost {
+    /// The interrupt of every pin: slot, pin (0 to 3), global system interrupt.
+    pub(crate) fn interrupts(&self) -> impl Iterator<Item = (u8, u8, u32)> {
+        (0..32u8).flat_map(move |slot| (0..4u8).map(move |pin| (slot, pin, self.gsi(slot, pin))))
+    }
+
+    /// The global system interrupt of `pin` (0 to 3 for INTA to INTD) of `slot`.
+    pub fn gsi(&self, slot: u8, pin: u8) -> u32 {
+        self.gsis[(usize::from(slot) + usize::from(pin)) % 4]
+    }
+}
+
 /// Writes the tables to `memory` from `at` (16-byte aligned) and returns the address of the RSDP,
 /// which is `at`. Guests find it by themselves where `at` is in [`ACPI_TABLES`].
 ///

@@ -132,6 +132,16 @@ impl Chipset {
         Ok(())
     }
 
+    /// Makes the ISA interrupts of the bits in `irqs` level-triggered at the PICs.
+    pub(in crate::soft) fn set_level_triggered(&self, irqs: u16) {
+        self.with_pics(|pics| {
+            for (port, levels) in (0x4d0..).zip(irqs.to_le_bytes()) {
+                let levels = pics.read(port) | levels;
+                pics.write(port, levels);
+            }
+        });
+    }
+
     /// Delivers a message (SDM vol. 3A, 11.11): from devices, the IOAPIC, and ICR writes.
     pub(in crate::soft) fn send_msi(&self, msi: Msi) {
         self.apics.send_msi(msi);

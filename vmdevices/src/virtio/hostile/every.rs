@@ -23,6 +23,7 @@ impl Case {
         let (mut driver, queue, data) = match name {
             "disk" => (Driver::new(Disk::new(Arc::new(Bytes::new(64))), threading), 0, WRITE),
             "rng" => (Driver::new(Rng::new(), threading), 0, WRITE),
+            "vsock out" => (Driver::new(Vsock::new(3).unwrap(), threading), 1, 0),
             "console input" | "console output" => {
                 let (terminal, script) = console::memory().unwrap();
                 script.send("typed ".repeat(10_000)).unwrap();
@@ -49,7 +50,8 @@ impl Case {
     }
 
     fn every(threading: &Threading) -> impl Iterator<Item = Self> {
-        let names = ["disk", "rng", "console input", "console output", "packets in", "packets out"];
+        let names =
+            ["disk", "rng", "console input", "console output", "packets in", "packets out", "vsock out"];
         names.into_iter().map(|name| Self::new(name, threading))
     }
 
@@ -302,6 +304,9 @@ fn devices_know_what_their_own_buffers_must_be() {
     assert_eq!(driven("console input", &one(64, 0)), (true, 0));
     assert_eq!(driven("packets in", &one(11, WRITE)), (true, 0));
     assert_eq!(driven("packets in", &one(64, 0)), (true, 0));
+    // A packet without all of a header.
+    assert_eq!(driven("vsock out", &one(43, 0)), (true, 0));
+    assert_eq!(driven("vsock out", &one(64, WRITE)), (true, 0));
     // Output that is none, and more than anybody has to say at once.
     assert_eq!(driven("console output", &one(0, 0)), (false, 1));
     assert_eq!(driven("console output", &one(64, WRITE)), (false, 1));

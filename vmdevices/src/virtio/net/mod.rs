@@ -32,7 +32,7 @@ use self::filter::Filter;
 use self::header::{OFFLOADS, TO_GUEST};
 use self::pair::{Pair, Parts};
 use super::device::{Activation, DeviceType, VirtioDevice, Worker, read_config_bytes};
-use crate::net::{NetBackend, Tap, TapError};
+use crate::net::{Nat, NetBackend, Tap, TapError};
 use crate::saved;
 
 pub use self::card::{NetCounters, NetHandle};
@@ -158,6 +158,14 @@ impl Net {
         Self::new(Tap::open(name).map_err(|error: TapError| Error::from(error))?)
     }
 
+    /// A card on a network of the guest's own behind this process, which needs no privilege.
+    ///
+    /// # Errors
+    /// As [`Net::new`].
+    pub fn nat(nat: Nat) -> Result<Self> {
+        Self::new(nat)
+    }
+
     /// Gives the card the address `mac`.
     ///
     /// # Errors
@@ -281,7 +289,7 @@ impl VirtioDevice for Net {
         let (merge, mtu) = (activation.has(VIRTIO_NET_F_MRG_RXBUF), activation.has(VIRTIO_NET_F_MTU));
         let has_control = activation.has(VIRTIO_NET_F_CTRL_VQ);
         let has_announce = activation.has(VIRTIO_NET_F_GUEST_ANNOUNCE);
-        let Activation { memory, features, queues, transport } = activation;
+        let Activation { memory, features, queues, transport, .. } = activation;
         let card = &self.card;
         let session = Session { card: card.clone(), mac: self.mac };
         card.begin(features, transport);

@@ -8,11 +8,11 @@ const MOST: u32 = 16;
 
 /// Warns in the log, but not without end.
 #[derive(Debug, Default)]
-pub(super) struct Complaints(AtomicU32);
+pub(crate) struct Complaints(AtomicU32);
 
 impl Complaints {
     /// Says `what` about `who`.
-    pub(super) fn warn(&self, who: &str, what: Arguments<'_>) {
+    pub(crate) fn warn(&self, who: &str, what: Arguments<'_>) {
         if let Some(last) = self.next() {
             log::warn!("{who}: {what}{}", if last { " (no more messages of this device)" } else { "" });
         }

@@ -1,0 +1,64 @@
+//! Why there is no NAT.
+
+use std::io;
+use std::net::SocketAddr;
+
+use super::Protocol;
+
+/// Why a [`Nat`](super::Nat) or a part of it cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NatError {
+    /// The host refused something that every process may have.
+    #[error("{op} failed: {source}; raise the limit of open files (ulimit -n) if it is reached")]
+    Host {
+        /// The call.
+        op: &'static str,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// A port of the host cannot be listened on.
+    #[error(
+        "cannot listen on {protocol} {bind}: {source}; take a port that is free (and above 1023 without privileges) and an address of this host"
+    )]
+    Bind {
+        /// The protocol.
+        protocol: Protocol,
+        /// The address and port.
+        bind: SocketAddr,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// Something written does not mean anything here.
+    #[error("{value:?} is not {what}: {fix}")]
+    Text {
+        /// What it should be.
+        what: &'static str,
+        /// What it was.
+        value: String,
+        /// What would do.
+        fix: &'static str,
+    },
+    /// A setting that cannot be.
+    #[error("{what} cannot be {value}: {fix}")]
+    Setting {
+        /// The setting.
+        what: &'static str,
+        /// What it was to be.
+        value: String,
+        /// What would do.
+        fix: &'static str,
+    },
+}
+
+impl NatError {
+    pub(super) fn text(what: &'static str, value: String, fix: &'static str) -> Self {
+        Self::Text { what, value, fix }
+    }
+}
+
+impl From<NatError> for vmcore::Error {
+    fn from(error: NatError) -> Self {
+        vmcore::Error::device("NAT", error)
+    }
+}
