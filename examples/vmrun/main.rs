@@ -153,10 +153,10 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
     if let Some(bytes) = args.balloon {
         let balloon = Balloon::new()?;
         balloon.handle().set_target(bytes)?;
-        builder = builder.attach(balloon);
+        builder = attach(builder, balloon, args.transport);
     }
     if let Some(vsock) = &args.vsock {
-        builder = builder.attach(Vsock::new(vsock.cid)?.socket(&vsock.path)?);
+        builder = attach(builder, Vsock::new(vsock.cid)?.socket(&vsock.path)?, args.transport);
     }
     if !args.disks.is_empty() {
         builder = attach(builder, Rng::new(), args.transport);

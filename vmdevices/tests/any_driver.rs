@@ -82,7 +82,7 @@ fn commands_are_answered() {
         step(0, &[1, 0, 0xff, 0xff, 0xff, 0xff]),
         // Packets of any header, buffers, moves.
         step(3, &[0xff; 100]),
-        step(5, &[]),
+        step(5, &[]).repeat(20),
         step(7, &[]),
         step(0, &[2, 0, 5, 0]),
     ];

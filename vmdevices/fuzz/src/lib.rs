@@ -79,6 +79,11 @@ pub fn net_commands(mut input: &[u8]) -> u32 {
     // A chain of one piece to read and one to write, either of which may be missing.
     let chain = |device: &mut VirtioMmio, queue: usize, read: usize, write: u32| {
         let table = QUEUES + queue as u64 * PAGE;
+        let index = |ring: u64| memory.load::<u16>(GuestAddress(table + ring + 2)).expect("memory");
+        // All entries are with the device: one more would break the rules.
+        if index(AVAILABLE).wrapping_sub(index(USED)) >= SIZE {
+            return;
+        }
         let mut pieces = Vec::new();
         for (at, len, flags) in [(OUT, read as u32, 0), (IN, write, 2)] {
             if len > 0 {
