@@ -334,8 +334,8 @@ mod tests {
     fn other_values_are_refused_with_what_would_do() {
         assert_eq!(parse(&["--cpu", "v3"]).unwrap().cpu, CpuModel::V3);
         refused(&["--cpu", "v9"], &["best, v1, v2, v3, v4 and host"]);
-        refused(&["--net", "tap="], &["none, tap=NAME"]);
-        refused(&["--net", "bridge"], &["none, tap=NAME"]);
+        refused(&["--net", "tap="], &["none, nat, tap=NAME"]);
+        refused(&["--net", "bridge"], &["none, nat, tap=NAME"]);
         assert_eq!(parse(&["--timeout", "0.5"]).unwrap().timeout, Some(Duration::from_millis(500)));
         refused(&["--timeout", "soon"], &["number of seconds"]);
         assert_eq!(parse(&["--exit-port", "0"]).unwrap().exit_port, 0);
