@@ -256,13 +256,11 @@ fn addresses_and_vlans(guest: &Guest<'_>, card: &NetHandle, wire: &UnixDatagram)
     wire.set_nonblocking(false).unwrap();
     wire.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     guest.ask("ping -c 1 -W 1 198.51.100.1");
+    // A question for an address, between what IPv6 has to say of itself.
     let mut bytes = [0; 2000];
-    let len = wire.recv(&mut bytes).unwrap();
-    assert_eq!(
-        (&bytes[12..18], len >= 46),
-        (&[0x81, 0, 0, 5, 8, 6][..], true),
-        "no question for an address in VLAN 5"
-    );
+    while !bytes[12..].starts_with(&[0x81, 0, 0, 5, 8, 6]) {
+        assert!(wire.recv(&mut bytes).unwrap() >= 46, "{:x?}", &bytes[..46]);
+    }
     guest.ask("ip link del eth1.5");
     assert_eq!(count(other, Some(5)), (0, 10));
 }
