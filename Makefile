@@ -44,7 +44,7 @@ SOFT_BOOTS := cloud_kernel_powers_off four_vcpus_and_six_gib_power_off a_panic_r
 SOFT_ONLY := --skip pci::pins --skip pci::the_ --skip pci::type_1
 
 # The contract on a real kvm_amd or kvm_intel, then stock kernels to userland, on the software CPU and on
-# that KVM. The move between backends has a process of its own: boots after it hung in the rig, why is not known.
+# that KVM. The move between backends has a process of its own: boots behind it hung in the rig, for a reason not known.
 boot: guests
 	examples/guest/real-kvm cargo test -p vmcore --test contract -- ::kvm::
 	VMCORE_ACCEL=soft VMCORE_REQUIRE_BOOT=1 cargo test -p vmdevices --test boot -- --test-threads=1 $(SOFT_BOOTS)
