@@ -22,6 +22,7 @@ const DAYS_BEFORE: [i64; 12] = [0, 31, 61, 92, 122, 153, 184, 214, 245, 275, 306
 const SECONDS_A_DAY: i64 = 86_400;
 /// Days from 1 March 0000 to 1 January 1970.
 const EPOCH: i64 = 719_468;
+const DAYS_IN_400_YEARS: i64 = 146_097;
 
 /// Days before 1 March of `year`.
 fn days_before(year: i64) -> i64 {
@@ -38,9 +39,11 @@ impl DateTime {
         let days = seconds.div_euclid(SECONDS_A_DAY);
         let time = seconds.rem_euclid(SECONDS_A_DAY);
         let since_march_0 = days + EPOCH;
-        // 400 years have 146,097 days. The guess is one too high at most.
-        let guess = (since_march_0 * 400 + 400).div_euclid(146_097);
-        let year = if days_before(guess) > since_march_0 { guess - 1 } else { guess };
+        // Every 400 years, 146,097 days, the calendar repeats. Without the leap days that went before it (each
+        // the last of its 4, 100 or 400 years), a day tells its year by 365.
+        let day = since_march_0.rem_euclid(DAYS_IN_400_YEARS);
+        let leap_days = day / 1460 - day / 36_524 + day / (DAYS_IN_400_YEARS - 1);
+        let year = since_march_0.div_euclid(DAYS_IN_400_YEARS) * 400 + (day - leap_days) / 365;
         let day_of_year = since_march_0 - days_before(year);
         let month = DAYS_BEFORE.partition_point(|before| *before <= day_of_year) - 1;
         let day = day_of_year - DAYS_BEFORE[month] + 1;
@@ -77,7 +80,6 @@ impl DateTime {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
 
     #[test]
     fn known_dates() {
@@ -97,17 +99,23 @@ mod tests {
         }
     }
 
-    proptest! {
-        #[test]
-        fn days_follow_each_other(day in -800_000..3_000_000i64, second in 0..SECONDS_A_DAY) {
-            let unix = day * SECONDS_A_DAY + second;
-            let date = DateTime::from_unix(unix);
-            prop_assert_eq!(date.to_unix(), unix);
-            prop_assert!((1..=12).contains(&date.month) && (1..=31).contains(&date.day));
-            let next = DateTime::from_unix(unix + SECONDS_A_DAY);
+    /// All of the days of the years -220 to 10183, which is more than the 400 years after which they repeat.
+    #[test]
+    fn days_follow_each_other() {
+        let mut date = DateTime::from_unix(-800_000 * SECONDS_A_DAY - 1);
+        for day in -800_000..3_000_000i64 {
+            let unix = day * SECONDS_A_DAY + (day * 7919).rem_euclid(SECONDS_A_DAY);
+            let next = DateTime::from_unix(unix);
+            assert_eq!(next.to_unix(), unix);
+            assert!((1..=12).contains(&next.month) && (1..=31).contains(&next.day), "{next:?}");
             let same_month = next.day == date.day + 1 && next.month == date.month && next.year == date.year;
-            let next_month = next.day == 1 && date.day >= 28 && next.month == date.month % 12 + 1;
-            prop_assert!(same_month || next_month, "{:?} {:?}", date, next);
+            let next_month = next.day == 1
+                && date.day >= 28
+                && next.month == date.month % 12 + 1
+                && next.year == date.year + i64::from(date.month == 12);
+            assert!(same_month || next_month, "{date:?} {next:?}");
+            assert_eq!(next.weekday, date.weekday % 7 + 1);
+            date = next;
         }
     }
 }
