@@ -38,7 +38,7 @@ guests:
 # What is booted on the software CPU besides the KVM.
 SOFT_BOOTS := cloud_kernel_powers_off four_vcpus_and_six_gib_power_off a_panic_resets \
   files_on_a_disk_are_there_after_a_second_boot linux_finds_the_virtio_devices a_shell_answers \
-  a_guest_talks generic_kernel_powers_off without_acpi cards:: devices:: nat:: pci:: other::
+  a_guest_talks a_booting_kernel_moves_within generic_kernel_powers_off without_acpi cards:: devices:: nat:: pci:: other::
 
 # What is of devices alone, whatever the processor; by hand it passes on KVM too.
 SOFT_ONLY := --skip pci::pins --skip pci::the_ --skip pci::type_1

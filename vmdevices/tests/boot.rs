@@ -441,18 +441,24 @@ fn a_guest_talks_by_network_and_console_and_draws_random_numbers() {
 
 const MOVED_MIB: u64 = 192;
 
-/// A kernel is taken from one backend to the other and back while it boots, and ends as if nothing had
-/// been. It has no console: devices' states are not part of a `VmState`.
-#[test]
-fn a_booting_kernel_moves_between_backends() {
-    let Some(guests) = guests() else { return };
-    let kvm = host::check().backends.iter().any(|b| b.name == "kvm" && b.status == Status::Usable);
-    if !kvm {
-        println!("skipped: this host's KVM runs no kernels");
-        return;
-    }
-    // What this host's KVM has.
-    let tsc_khz = Vm::bare(Accel::Kvm).unwrap().create_vcpu(0).unwrap().tsc_khz().unwrap();
+/// The kernel's log as it is in the memory of a guest without a console.
+fn kernel_log(vm: &Vm) -> String {
+    let mut memory = vec![0; usize::try_from(MOVED_MIB << 20).unwrap()];
+    vm.memory().read(GuestAddress(0), &mut memory).unwrap();
+    let second_line = b"Command line: panic=-1 vmtest";
+    let Some(at) = memory.windows(second_line.len()).position(|window| window == second_line) else {
+        return "no log in the guest's memory".into();
+    };
+    // The texts of the records, with their binary headers between them.
+    let texts = &memory[at..memory.len().min(at + (128 << 10))];
+    let printable = |text: &&[u8]| text.len() > 3 && text.iter().all(|byte| (b' '..=b'~').contains(byte));
+    let texts = texts.split(|byte| !(b' '..=b'~').contains(byte)).filter(printable);
+    texts.map(String::from_utf8_lossy).collect::<Vec<_>>().join("\n")
+}
+
+/// Boots a kernel that is taken `moves` times, after `slice` each, from one VM to another of the `kinds` in turn.
+/// It has no console: devices' states are not part of a `VmState`. Gives how often it was moved.
+fn boot_moving(guests: &Path, kinds: [Accel; 2], tsc_khz: u32, moves: usize, slice: Duration) -> usize {
     let make = |accel| {
         let linux = Linux::new(guests.join("cloud/vmlinuz"))
             .initrd(guests.join("cloud/initrd.img"))
@@ -469,27 +475,50 @@ fn a_booting_kernel_moves_between_backends() {
             .build()
             .unwrap()
     };
+    let mut vm = make(kinds[0]);
+    let mut moved = 0;
+    let outcome = loop {
+        let outcome = vm.run_for(if moved < moves { slice } else { LIMIT }).unwrap();
+        if outcome != Outcome::TimeLimit || moved == moves {
+            break outcome;
+        }
+        moved += 1;
+        let state = vm.handle().pause().unwrap().save().unwrap();
+        let mut memory = vec![0; usize::try_from(MOVED_MIB << 20).unwrap()];
+        vm.memory().read(GuestAddress(0), &mut memory).unwrap();
+        vm = make(kinds[moved % 2]);
+        vm.memory().write(GuestAddress(0), &memory).unwrap();
+        vm.handle().pause().unwrap().restore(&state).unwrap();
+    };
+    assert_eq!(outcome, Outcome::PowerOff, "after {moved} moves from {kinds:?}\n{}", kernel_log(&vm));
+    moved
+}
+
+/// A kernel is taken from one VM to the next while it boots, and ends as if nothing had been.
+#[test]
+fn a_booting_kernel_moves_within_the_software_cpu() {
+    let Some(guests) = guests() else { return };
+    let moves = boot_moving(&guests, [Accel::Soft; 2], 2_000_000, 8, Duration::from_millis(200));
+    assert!(moves >= 2, "{moves} moves");
+}
+
+/// The same from one backend to the other and back.
+#[test]
+fn a_booting_kernel_moves_between_backends() {
+    let Some(guests) = guests() else { return };
+    let kvm = host::check().backends.iter().any(|b| b.name == "kvm" && b.status == Status::Usable);
+    if !kvm {
+        println!("skipped: this host's KVM runs no kernels");
+        return;
+    }
+    // What this host's KVM has.
+    let tsc_khz = Vm::bare(Accel::Kvm).unwrap().create_vcpu(0).unwrap().tsc_khz().unwrap();
     // Some moves on a slow machine as on a fast one.
     let start = Instant::now();
-    assert_eq!(make(Accel::Kvm).run_for(LIMIT).unwrap(), Outcome::PowerOff);
+    boot_moving(&guests, [Accel::Kvm; 2], tsc_khz, 0, LIMIT);
     let slice = start.elapsed() / 6;
     for kinds in [[Accel::Soft, Accel::Kvm], [Accel::Kvm, Accel::Soft]] {
-        let mut vm = make(kinds[0]);
-        let mut moves = 0;
-        let outcome = loop {
-            let outcome = vm.run_for(if moves < 8 { slice } else { LIMIT }).unwrap();
-            if outcome != Outcome::TimeLimit || moves == 8 {
-                break outcome;
-            }
-            moves += 1;
-            let state = vm.handle().pause().unwrap().save().unwrap();
-            let mut memory = vec![0; usize::try_from(MOVED_MIB << 20).unwrap()];
-            vm.memory().read(GuestAddress(0), &mut memory).unwrap();
-            vm = make(kinds[moves % 2]);
-            vm.memory().write(GuestAddress(0), &memory).unwrap();
-            vm.handle().pause().unwrap().restore(&state).unwrap();
-        };
-        assert_eq!(outcome, Outcome::PowerOff, "after {moves} moves from {kinds:?}");
+        let moves = boot_moving(&guests, kinds, tsc_khz, 8, slice);
         assert!(moves >= 2, "{moves} moves of {slice:?}");
     }
 }
