@@ -1,5 +1,5 @@
 # What README names. Everything goes through cargo; guests come from Debian packages.
-.PHONY: vmrun demo test bench guests lint unit docs boot soak clean-guests
+.PHONY: vmrun demo test bench fuzz guests lint unit docs boot soak clean-guests
 
 export VMCORE_GUESTS ?= $(CURDIR)/target/guests
 RIG := $(CURDIR)/examples/guest/rig
@@ -24,6 +24,11 @@ lint:
 	cargo clippy -p vmcore --no-default-features --all-targets -- -D warnings
 	@! cargo tree --workspace -d -e normal 2>/dev/null | grep '^vm-memory' || \
 	  { echo "two versions of vm-memory: their types do not mix; see 'cargo tree -d'" >&2; exit 1; }
+
+# Each fuzz target of the devices for FUZZ_SECONDS, under AddressSanitizer, from its corpus in the tree.
+FUZZ_SECONDS ?= 600
+fuzz:
+	vmdevices/fuzz/run $(FUZZ_SECONDS)
 
 unit:
 	cargo test --workspace

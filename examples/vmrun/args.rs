@@ -46,6 +46,8 @@ pub struct Args {
     /// Options: format=raw|qcow2|vmdk|vhdx|vdi (raw unless said), ro (the guest cannot write; vmdk, vhdx and
     /// vdi want it), backing=FILE (what a qcow2 image is on top of; again for what is below that), extent=FILE
     /// (a part of a vmdk image), cache=writeback|writethrough|unsafe, direct (past the page cache),
+    /// rerror= and werror=report|stop|enospc|ignore (what becomes of reads and writes that the host fails; report
+    /// unless said; after stop, or enospc for want of room, the guest waits and they are tried again),
     /// iops=N[/BURST] and bps=SIZE[/BURST] (limits per second), queues=N (one per CPU unless said),
     /// serial=TEXT
     #[arg(long = "disk", value_name = "FILE[,OPTION...]", value_parser = disk::parse)]

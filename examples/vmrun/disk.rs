@@ -43,5 +43,11 @@ pub fn open(arg: &DiskArg, cpus: NonZeroU32) -> Result<Disk, Box<dyn std::error:
     }
     image = arg.extents.iter().fold(image, |image, path| image.extent(path));
     let queues = arg.queues.map_or_else(|| u16::try_from(cpus.get()).unwrap_or(u16::MAX), u16::from);
-    Ok(Disk::image(image)?.id(&arg.serial)?.cache(arg.cache).limits(arg.limits).queues(queues))
+    let [reads, others] = arg.on_error;
+    Ok(Disk::image(image)?
+        .id(&arg.serial)?
+        .cache(arg.cache)
+        .on_error(reads, others)
+        .limits(arg.limits)
+        .queues(queues))
 }

@@ -9,14 +9,14 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use vmcore::boot::{Boot, Linux, LinuxEntry, Multiboot, Pvh, Raw, RawMode};
 use vmcore::host::{Report, Status};
 use vmcore::{Accel, Deterministic, Outcome, Vm, VmBuilder};
 use vmdevices::console::{self, Callback, Console, Socket, Stdio};
-use vmdevices::virtio::{self, VirtioDevice};
+use vmdevices::virtio::{self, DiskHandle, VirtioDevice};
 use vmdevices::{Balloon, Pc, Rng, Vsock};
 
 use args::{AccelArg, Args, ConsoleArg, EntryArg, NetArg, TransportArg};
@@ -53,16 +53,16 @@ fn run(args: &Args, begin: Instant) -> Result<u8, Box<dyn std::error::Error>> {
         Some(path) => Some((path, File::create(path).map_err(|e| cannot_write(path, &e))?)),
         None => None,
     };
-    let mut vm = build(args, &times)?;
+    let (mut vm, disks) = build(args, &times)?;
     times.created();
     // Standard error is not buffered: one text is one write.
     let using = format!("vmrun: using {}: {}\r\n", vm.backend(), vm.backend_reason());
     eprint!("{using}");
-    let outcome = match (args.timeout, args.checkpoint_every) {
+    let outcome = until_the_host_is_well(&disks, || match (args.timeout, args.checkpoint_every) {
         (Some(limit), _) => vm.run_for(limit.saturating_sub(begin.elapsed())),
         (None, Some(every)) => run_with_checkpoints(&mut vm, every.get()),
         (None, None) => vm.run(),
-    };
+    });
     times.ended();
     // Whatever the outcome: the figures up to there are wanted most when something went wrong.
     if let Some((path, mut file)) = stats {
@@ -77,6 +77,30 @@ fn run(args: &Args, begin: Instant) -> Result<u8, Box<dyn std::error::Error>> {
         eprintln!("vmrun: the guest ended: {outcome:?}");
     }
     Ok(exit_status(outcome))
+}
+
+/// How long the guest waits before what a disk could not do is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Calls `run` again and again while disks stop the guest, and says why they do.
+fn until_the_host_is_well(
+    disks: &[(&Path, DiskHandle)],
+    mut run: impl FnMut() -> vmcore::Result<Outcome>,
+) -> vmcore::Result<Outcome> {
+    let mut told = None;
+    loop {
+        let outcome = run()?;
+        if outcome != Outcome::IoError {
+            return Ok(outcome);
+        }
+        let stopped = disks.iter().find_map(|(path, disk)| Some((path, disk.stopped()?.message)));
+        if let Some((path, message)) = stopped.filter(|stopped| told.as_ref() != Some(stopped)) {
+            let text = format!("vmrun: the guest waits for {}: {message}\r\n", path.display());
+            eprint!("{text}");
+            told = Some((path, message));
+        }
+        std::thread::sleep(RETRY);
+    }
 }
 
 /// Runs to the guest's end, and says every so many instructions and there what state it is in.
@@ -120,7 +144,10 @@ fn exit_status(outcome: Outcome) -> u8 {
     }
 }
 
-fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
+/// The VM, and its disks by their images.
+type Built<'a> = (Vm, Vec<(&'a Path, DiskHandle)>);
+
+fn build<'a>(args: &'a Args, times: &Times) -> Result<Built<'a>, Box<dyn std::error::Error>> {
     let kernel = args.kernel.as_deref().ok_or("no --kernel")?;
     let mut pc = Pc::new().serial(times.watch(console(args)?));
     if args.exit_port != 0 {
@@ -144,8 +171,11 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
     if let Some(seed) = args.deterministic {
         builder = builder.deterministic(Deterministic::seeded(seed));
     }
+    let mut disks = Vec::new();
     for disk in &args.disks {
-        builder = attach(builder, disk::open(disk, args.cpus)?, args.transport);
+        let device = disk::open(disk, args.cpus)?;
+        disks.push((disk.path.as_path(), device.handle()));
+        builder = attach(builder, device, args.transport);
     }
     if let NetArg::Card(card) = &args.net {
         builder = attach(builder, net::card(card)?, args.transport);
@@ -161,7 +191,7 @@ fn build(args: &Args, times: &Times) -> Result<Vm, Box<dyn std::error::Error>> {
     if !args.disks.is_empty() {
         builder = attach(builder, Rng::new(), args.transport);
     }
-    Ok(builder.build()?)
+    Ok((builder.build()?, disks))
 }
 
 fn attach(builder: VmBuilder, device: impl VirtioDevice + 'static, transport: TransportArg) -> VmBuilder {

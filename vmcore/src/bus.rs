@@ -19,6 +19,10 @@ pub trait BusDevice: Send {
     /// Takes a write of `data.len()` bytes (1, 2, 4 or 8) at `offset` bytes from the device's base.
     fn write(&mut self, offset: u64, data: &[u8]);
 
+    /// Called before a run that follows [`Outcome::IoError`](crate::Outcome::IoError): a device that had the VM
+    /// stopped tries again what the host failed to do.
+    fn retry(&mut self) {}
+
     /// The device's state as bytes of its own format, to be given to [`BusDevice::restore`] of an equal device.
     ///
     /// # Errors

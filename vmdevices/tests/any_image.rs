@@ -59,6 +59,20 @@ fn seeds() -> Option<Vec<(Format, Vec<u8>)>> {
     Some(made.collect())
 }
 
+/// What fuzzing with these began with, and what it found on the way there.
+#[test]
+fn the_seeds_of_the_fuzz_targets_do_no_harm() {
+    let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
+    for format in [Format::Qcow2, Format::Vmdk, Format::Vhdx, Format::Vdi] {
+        let seeds = std::fs::read_dir(corpus.join(format!("image_{format}"))).unwrap();
+        let opened = seeds.filter(|seed| {
+            let path = seed.as_ref().unwrap().path();
+            image(format, &std::fs::read(path).unwrap())
+        });
+        assert!(opened.count() > 0, "{format}");
+    }
+}
+
 #[test]
 fn real_images_are_opened_and_damaged_ones_do_no_harm() {
     let Some(seeds) = seeds() else { return };

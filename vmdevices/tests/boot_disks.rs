@@ -19,7 +19,7 @@ use vmcore::{Accel, Outcome, Vm};
 use vmdevices::block::{Effect, Fault, Faulty, Image, Limits, Operation};
 use vmdevices::console::Script;
 use vmdevices::rate::Rate;
-use vmdevices::virtio::CacheMode;
+use vmdevices::virtio::{CacheMode, OnError};
 use vmdevices::{Disk, Pc, console};
 
 /// Long enough for a guest on an emulated processor on a busy machine; a hang ends the test.
@@ -47,6 +47,17 @@ fn prepared() -> Option<(PathBuf, tempfile::TempDir)> {
 
 /// Boots the guest from an overlay over its root, with `disks` from /dev/vdb on, and has `user` type.
 fn boot(guests: &Path, directory: &Path, disks: Vec<Disk>, user: impl FnOnce(&Script) + Send + 'static) {
+    boot_again(guests, directory, disks, || panic!("no disk may stop it"), user);
+}
+
+/// As [`boot`], and calls `stopped` whenever a disk stops the VM, which then runs again.
+fn boot_again(
+    guests: &Path,
+    directory: &Path,
+    disks: Vec<Disk>,
+    mut stopped: impl FnMut(),
+    user: impl FnOnce(&Script) + Send + 'static,
+) {
     let root = guests.join("disks.ext4");
     let options = format!("backing_file={},backing_fmt=raw", root.canonicalize().unwrap().display());
     let overlay = create(directory, "root.qcow2", "qcow2", &options, "");
@@ -74,7 +85,12 @@ fn boot(guests: &Path, directory: &Path, disks: Vec<Disk>, user: impl FnOnce(&Sc
             script.send("exit\n").unwrap();
         }
     });
-    let outcome = vm.run_for(LIMIT);
+    let outcome = loop {
+        match vm.run_for(LIMIT) {
+            Ok(Outcome::IoError) => stopped(),
+            outcome => break outcome,
+        }
+    };
     drop(vm);
     let typed = typist.join();
     let ended = typed.is_ok() && matches!(outcome, Ok(Outcome::PowerOff));
@@ -244,4 +260,53 @@ fn what_goes_wrong_underneath_is_an_error_inside_and_the_guest_goes_on() {
         assert!(begin.elapsed() >= Duration::from_millis(1900), "{:?}", begin.elapsed());
         assert!(other.stats().throttled > 0);
     });
+}
+
+#[test]
+fn a_guest_whose_disk_waits_for_room_on_the_host_does_not_notice() {
+    let Some((guests, directory)) = prepared() else { return };
+    let path = directory.path().to_path_buf();
+    let image = Image::raw(create(&path, "raw", "raw", "", "16M")).open().unwrap();
+    let faulty = Arc::new(Faulty::new(image));
+    let disk = Disk::new(faulty.clone()).queues(2).on_error(OnError::Stop, OnError::StopIfFull);
+    let handle = disk.handle();
+    let fault =
+        |operation, range, number| Fault { operation, range, effect: Effect::Error(number), times: u32::MAX };
+    let full = fault(Operation::Write, 4 << 20..8 << 20, libc::ENOSPC);
+    faulty.inject(full);
+    faulty.inject(fault(Operation::Write, 15 << 20..(15 << 20) + 4096, libc::EIO));
+    let mut stops = Vec::new();
+    let stopped = || {
+        let stop = handle.stopped().unwrap();
+        stops.push((stop.writing, stop.kind));
+        // Not the first time: it tries in vain once.
+        match stops.len() {
+            1 => {}
+            2 => {
+                faulty.heal();
+                faulty.inject(fault(Operation::Read, 0..4096, libc::EIO));
+                faulty.inject(fault(Operation::Write, 15 << 20..(15 << 20) + 4096, libc::EIO));
+            }
+            _ => {
+                faulty.heal();
+                faulty.inject(fault(Operation::Write, 15 << 20..(15 << 20) + 4096, libc::EIO));
+            }
+        }
+    };
+    boot_again(&guests, &path, vec![disk], stopped, |script| {
+        works(
+            script,
+            "dd if=/dev/urandom of=/tmp/noise bs=1M count=12 status=none && \
+             dd if=/tmp/noise of=/dev/vdb bs=1M oflag=direct conv=fsync status=none",
+        );
+        works(script, "echo 3 >/proc/sys/vm/drop_caches; cmp -n 12582912 /tmp/noise /dev/vdb");
+        assert!(!ask(script, "dmesg").contains("I/O error"));
+        // Another error than that is one inside.
+        let answer = ask(script, "dd if=/dev/zero of=/dev/vdb bs=4k seek=3840 count=1 oflag=direct");
+        assert!(answer.contains("Input/output error"), "{answer}");
+    });
+    use std::io::ErrorKind::StorageFull;
+    assert_eq!(stops[..2], [(true, StorageFull), (true, StorageFull)]);
+    assert!(stops.len() >= 3 && stops[2..].iter().all(|(writing, _)| !writing), "{stops:?}");
+    println!("{stops:?} {:?}", handle.stats());
 }

@@ -166,6 +166,18 @@ fn raw_images_hold_what_is_written() {
     }
 }
 
+/// Fuzzing found that zeroing a part of one panicked, and without checks of arithmetic zeroed all of it.
+#[test]
+fn qcow2_images_smaller_than_a_cluster_hold_what_is_written() {
+    let Some(directory) = tool::directory() else { return };
+    let directory = directory.path();
+    for (n, (cluster, len)) in [("64k", 48 << 10), ("64k", 512), ("2M", 300 << 10)].into_iter().enumerate() {
+        let options = format!("cluster_size={cluster}");
+        let path = create(directory, &format!("tiny-{n}"), "qcow2", &options, &len.to_string());
+        modelled(directory, Image::qcow2(path), vec![0; len], 200);
+    }
+}
+
 #[test]
 fn qcow2_images_hold_what_is_written_and_are_sound() {
     let Some(directory) = tool::directory() else { return };

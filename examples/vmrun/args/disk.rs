@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use vmdevices::block::{Format, Limits};
 use vmdevices::rate::Rate;
-use vmdevices::virtio::CacheMode;
+use vmdevices::virtio::{CacheMode, OnError};
 
 use super::{parts, size};
 
@@ -26,6 +26,8 @@ pub struct DiskArg {
     pub extents: Vec<PathBuf>,
     /// When writes are stable.
     pub cache: CacheMode,
+    /// What becomes of reads and of other requests that the host fails.
+    pub on_error: [OnError; 2],
     /// Operations and bytes a second.
     pub limits: Limits,
     /// How many queues, if that was said.
@@ -61,6 +63,8 @@ pub fn parse(text: &str) -> Result<DiskArg, String> {
                     _ => return Err(wrong("valid are: writeback, writethrough, unsafe")),
                 }
             }
+            "rerror" => disk.on_error[0] = on_error(text()?).map_err(|e| wrong(&e))?,
+            "werror" => disk.on_error[1] = on_error(text()?).map_err(|e| wrong(&e))?,
             "iops" => disk.limits.operations = Some(rate(text()?).map_err(|e| wrong(&e))?),
             "bps" => disk.limits.bytes = Some(rate(text()?).map_err(|e| wrong(&e))?),
             "queues" => {
@@ -70,13 +74,24 @@ pub fn parse(text: &str) -> Result<DiskArg, String> {
             "serial" => disk.serial = text()?.into(),
             _ => {
                 return Err(format!(
-                    "no option {option:?}; known are: format= ro backing= extent= cache= direct iops= bps= queues= \
-                     serial=. A comma of the name is doubled"
+                    "no option {option:?}; known are: format= ro backing= extent= cache= direct rerror= werror= \
+                     iops= bps= queues= serial=. A comma of the name is doubled"
                 ));
             }
         }
     }
     Ok(disk)
+}
+
+/// As QEMU has it.
+fn on_error(text: &str) -> Result<OnError, String> {
+    Ok(match text {
+        "report" => OnError::Report,
+        "stop" => OnError::Stop,
+        "enospc" => OnError::StopIfFull,
+        "ignore" => OnError::Ignore,
+        _ => return Err("valid are: report, stop, enospc, ignore".into()),
+    })
 }
 
 /// So many a second, and at once after a pause: RATE or RATE/BURST.
@@ -100,6 +115,10 @@ mod tests {
         refused(&["--disk", "a.img,rw"], &["\"rw\"", "known are: format= ro"]);
         refused(&["--disk", "a.img,ro,cache=none"], &["\"cache=none\"", "writeback"]);
         refused(&["--disk", ",ro"], &["path of an image"]);
+        refused(&["--disk", "a.img,werror=pause"], &["\"werror=pause\"", "enospc"]);
+        let stops = parse(&["--disk", "a.img,rerror=stop,werror=enospc"]).unwrap();
+        assert_eq!(stops.disks[0].on_error, [OnError::Stop, OnError::StopIfFull]);
+
         let line = "top,format=qcow2,backing=mid,backing=a,,b,cache=unsafe,direct,iops=500/1K,bps=10M,queues=4,serial=x";
         let disk = &parse(&["--disk", line]).unwrap().disks[0];
         assert_eq!(disk.backing, ["mid", "a,b"].map(PathBuf::from));

@@ -276,7 +276,7 @@ impl Vm {
                 fix: "run the vCPUs from create_vcpu yourself, or use Vm::builder",
             });
         }
-        self.threads.run(deadline, limit, &self.inside.io_threads)
+        self.threads.run(deadline, limit, &self.inside.io_threads, || self.inside.retry())
     }
 
     /// A handle for other threads: pause, resume, stop.
@@ -362,6 +362,13 @@ impl Inside {
             vm,
             backend,
             why,
+        }
+    }
+
+    /// Has every device try again what the host failed to do.
+    fn retry(&self) {
+        for (_, device) in self.ports.devices().into_iter().chain(self.mmio.devices()) {
+            device.lock().unwrap_or_else(PoisonError::into_inner).retry();
         }
     }
 

@@ -49,6 +49,9 @@ pub enum Outcome {
     Panicked,
     /// Every vCPU is halted with interrupts off or was never started: nothing can wake the guest.
     Halted,
+    /// The host failed a device (a disk whose file system is full, say) that was told to stop the VM then. The
+    /// device knows more. The VM can go on: the next run has the device try again.
+    IoError,
     /// The host stopped the run; it can go on.
     Stopped,
     /// The time given to the run is over; it can go on.
@@ -60,7 +63,7 @@ pub enum Outcome {
 impl Outcome {
     /// Whether another run can go on from here.
     fn resumable(self) -> bool {
-        matches!(self, Outcome::Stopped | Outcome::TimeLimit | Outcome::InstructionLimit)
+        matches!(self, Outcome::IoError | Outcome::Stopped | Outcome::TimeLimit | Outcome::InstructionLimit)
     }
 
     fn as_state(self) -> &'static str {
@@ -70,7 +73,7 @@ impl Outcome {
             Outcome::Exit(_) => "ended by its exit port",
             Outcome::Panicked => "panicked",
             Outcome::Halted => "halted for good",
-            Outcome::Stopped | Outcome::TimeLimit | Outcome::InstructionLimit => "stopped",
+            Outcome::IoError | Outcome::Stopped | Outcome::TimeLimit | Outcome::InstructionLimit => "stopped",
         }
     }
 }
@@ -95,6 +98,8 @@ struct State {
     parked: usize,
     /// How the run ended, until the run takes it.
     ended: Option<Result<Outcome>>,
+    /// A device waits for the next run to try again, even where another reason ended the run.
+    retry: bool,
     /// The guest is gone for good: how.
     over: Option<&'static str>,
     /// The count of instructions at which the run of a deterministic VM ends.
@@ -142,6 +147,7 @@ impl Shared {
     fn end(&self, how: Result<Outcome>) {
         {
             let mut state = self.state();
+            state.retry |= matches!(how, Ok(Outcome::IoError));
             // What the guest did must not be lost to a stop or time limit that came just before.
             let final_one = how.as_ref().map_or(true, |outcome| !outcome.resumable());
             match &state.ended {
@@ -255,12 +261,14 @@ impl Threads {
     }
 
     /// Lets the vCPUs run, and `io_threads` serve them, until the guest ends, `deadline` passes, the
-    /// count of instructions is `limit`, or somebody stops it.
+    /// count of instructions is `limit`, or somebody stops it. Before, `retry` is called where a device asked
+    /// for it by [`Outcome::IoError`].
     pub(super) fn run(
         &mut self,
         deadline: Option<Instant>,
         limit: u64,
         io_threads: &[IoThread],
+        retry: impl FnOnce(),
     ) -> Result<Outcome> {
         if on_vm_thread() {
             return Err(Error::WrongState {
@@ -273,6 +281,14 @@ impl Threads {
             return Err(Error::WrongState { op: "run", state: over, fix: "build the VM again" });
         }
         self.start()?;
+        let asked = {
+            let mut state = self.shared.state();
+            // One that was told of in between ends this run, and is tried again by the next.
+            state.ended.is_none() && std::mem::take(&mut state.retry)
+        };
+        if asked {
+            retry();
+        }
         {
             let mut state = self.shared.state();
             state.running = true;

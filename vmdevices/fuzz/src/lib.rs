@@ -1,8 +1,8 @@
 //! A driver made of fuzzing input, for each virtio device behind virtio-mmio, and for a PCI bus.
 //!
-//! Run a target from `vmdevices/` with `cargo +nightly fuzz run TARGET -- -max_total_time=60`, or
-//! without a nightly compiler with `RUSTC_BOOTSTRAP=1 cargo fuzz run TARGET`. `tests/any_driver.rs`
-//! runs the same drivers on a few fixed inputs.
+//! `make fuzz` runs every target for ten minutes, `vmdevices/fuzz/run SECONDS TARGET...` some of them, and
+//! `cargo fuzz run TARGET` from `vmdevices/` works as well. `tests/any_driver.rs` runs the same drivers on
+//! what is in `corpus/`, and on a few fixed inputs.
 
 pub mod nat;
 mod pci;

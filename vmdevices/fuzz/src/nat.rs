@@ -11,6 +11,9 @@ use vmdevices::net::{Action, Forward, HEADER, MOST_PACKET, Nat, NetBackend};
 /// Bytes of each change to a frame: where, and to what.
 const CHANGE: usize = 2;
 
+/// A step that is a frame as it is, of so many bytes (16 bits) behind another byte: real traffic.
+const RAW: u8 = 253;
+
 /// What the templates have in place of the port that somebody listens on.
 const PORT: [u8; 2] = [0, 80];
 
@@ -47,16 +50,25 @@ pub fn nat(input: &[u8]) {
 
     let mut rest = input;
     while let Some((&[what, len, changes, bits], tail)) = rest.split_first_chunk::<4>() {
-        let (edits, tail) = tail.split_at((usize::from(changes % 8) * CHANGE).min(tail.len()));
         rest = tail;
         guest.nat.set_features(if bits & 1 == 1 { 0x1983 } else { 0 }).expect("features");
         if what == 255 {
             let state = guest.nat.save_state().expect("a state");
             guest.nat.restore_state(&state).expect("its own state");
         }
+        if what == RAW {
+            let (frame, tail) =
+                rest.split_at(usize::from(u16::from_le_bytes([len, changes])).min(rest.len()));
+            rest = tail;
+            guest.send(frame);
+            guest.receive();
+            continue;
+        }
         if what == 254 && guest.sockets.len() < 4 {
             guest.sockets.push(TcpStream::connect(forward).expect("the forward listens"));
         }
+        let (edits, tail) = rest.split_at((usize::from(changes % 8) * CHANGE).min(rest.len()));
+        rest = tail;
         let (protocol, payload) = PAYLOADS[usize::from(what) % PAYLOADS.len()];
         let mut payload = payload.to_vec();
         if protocol == 6 && payload[2..4] == PORT {

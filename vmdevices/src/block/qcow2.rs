@@ -214,6 +214,13 @@ impl Qcow2Disk {
         Ok(())
     }
 
+    /// Whether all of it is in one cluster, and does not fill that. imago 0.2.6 must not be asked to zero a part
+    /// of such an image: where the last cluster ends behind the image it computes below zero, and where
+    /// that is not noticed it zeroes what it was not to touch.
+    fn is_tiny(&self) -> bool {
+        self.len() < self.cluster
+    }
+
     fn alone(&self) -> RwLockWriteGuard<'_, FormatAccess<Storage>> {
         self.image.write().unwrap_or_else(PoisonError::into_inner)
     }
@@ -264,7 +271,7 @@ impl BlockBackend for Qcow2Disk {
         let begin = offset.next_multiple_of(self.cluster);
         let end = offset.saturating_add(len);
         let end = if end == self.len() { end } else { end - end % self.cluster };
-        if begin >= end {
+        if begin >= end || self.is_tiny() {
             return Ok(());
         }
         // Not what the backing image has there: it may be what the guest wanted to be rid of.
@@ -275,6 +282,9 @@ impl BlockBackend for Qcow2Disk {
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        if self.is_tiny() {
+            return self.write_in_full(offset, len);
+        }
         if unmap {
             match self.alone().discard_to_zero(offset, len) {
                 Err(error) if error.kind() == io::ErrorKind::Unsupported => {}

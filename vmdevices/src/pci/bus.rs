@@ -297,6 +297,11 @@ impl BusDevice for AddressPort {
         }
     }
 
+    fn retry(&mut self) {
+        let functions: Vec<_> = self.0.lock().functions.values().cloned().collect();
+        functions.iter().for_each(|function| lock(function).retry());
+    }
+
     fn save(&self) -> Result<Vec<u8>> {
         self.0.save()
     }

@@ -43,6 +43,9 @@ pub trait PciDevice: Send {
         let _ = what;
     }
 
+    /// As [`BusDevice::retry`](vmcore::BusDevice::retry).
+    fn retry(&mut self) {}
+
     /// State besides configuration space and MSI-X, which the bus saves.
     ///
     /// # Errors
@@ -90,6 +93,9 @@ impl<D: PciDevice + ?Sized> PciDevice for Arc<Mutex<D>> {
     }
     fn programmed(&mut self, what: Programmed) {
         reach(self).programmed(what);
+    }
+    fn retry(&mut self) {
+        reach(self).retry();
     }
     fn save(&self) -> Result<Vec<u8>> {
         reach(self).save()

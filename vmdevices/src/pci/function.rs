@@ -203,6 +203,10 @@ impl Function {
         table.or_else(|| within(msix.pending, msix.pending_len()).map(Part::Pending))
     }
 
+    pub(super) fn retry(&mut self) {
+        self.device.retry();
+    }
+
     pub(super) fn save(&self) -> Result<State> {
         let (config, interrupts) = (self.config.bytes().to_vec(), self.interrupts.save());
         Ok(State { config, interrupts, device: self.device.save()? })

@@ -86,6 +86,10 @@ pub trait VirtioDevice: Send {
         Ok(())
     }
 
+    /// The host may have been put in order: what [`Outcome::IoError`](vmcore::Outcome::IoError) was for is to be
+    /// tried again. Every queue is notified next.
+    fn retry(&mut self) {}
+
     /// State besides features and queues, which the transport saves. Called while no worker runs.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ mod activation;
 mod balloon;
 mod disks;
 mod every;
+mod on_error;
 #[path = "../../tests/driver/pci.rs"]
 mod pci_registers;
 mod ports;
@@ -103,7 +104,16 @@ impl Driver {
     }
 
     fn on(behind: Behind, device: impl VirtioDevice + 'static, threading: Threading) -> Self {
-        let (memory, edges) = (memory(), Arc::new(Edges::default()));
+        Self::in_memory(memory(), behind, device, threading)
+    }
+
+    fn in_memory(
+        memory: GuestMemory,
+        behind: Behind,
+        device: impl VirtioDevice + 'static,
+        threading: Threading,
+    ) -> Self {
+        let edges = Arc::new(Edges::default());
         let (guest, sink) = (memory.clone(), edges.clone());
         let device: Box<dyn Registers> = match behind {
             Behind::Mmio => {
@@ -117,7 +127,11 @@ impl Driver {
 
     /// A disk of 64 sectors that works, on the vCPU's thread.
     fn disk() -> Self {
-        let mut driver = Self::new(Disk::new(Arc::new(Bytes::new(64))), Threading::Vcpu);
+        Self::disk_on(Behind::Mmio)
+    }
+
+    fn disk_on(behind: Behind) -> Self {
+        let mut driver = Self::on(behind, Disk::new(Arc::new(Bytes::new(64))), Threading::Vcpu);
         driver.start();
         driver
     }
@@ -433,10 +447,11 @@ fn an_available_index_that_jumps_stops_the_device() {
 }
 
 #[test]
-fn queues_that_overlap_rom_or_leave_memory_need_a_reset() {
+fn queues_that_overlap_rom_or_mmio_or_leave_memory_need_a_reset() {
     let rings = [TABLE, AVAILABLE, USED];
     let mut bad = Vec::new();
-    for at in [0x10_0ff0, 0x10_1000, 0xfee0_0000, !15, 1 << 52, 0] {
+    // Beyond ROM, where interrupt controllers are, where PCI functions are.
+    for at in [0x10_0ff0, 0x10_1000, 0xfee0_0000, 0xc000_0000, !15, 1 << 52, 0] {
         for ring in 0..3 {
             let mut places = rings;
             places[ring] = at;
@@ -454,12 +469,13 @@ fn queues_that_overlap_rom_or_leave_memory_need_a_reset() {
         (512, rings),
         (u16::MAX, rings),
     ]);
-    for (size, places) in bad {
-        let mut driver = Driver::disk();
+    let both = bad.into_iter().flat_map(|case| [Behind::Mmio, Behind::Pci].map(|behind| (behind, case)));
+    for (behind, (size, places)) in both {
+        let mut driver = Driver::disk_on(behind);
         driver.negotiate(features::VERSION_1);
         driver.queue(0, size, places);
         driver.write(0x70, 15);
-        assert!(driver.broken(), "{size} {places:x?}");
+        assert!(driver.broken(), "{behind:?} {size} {places:x?}");
         assert_eq!(driver.status() & 15, 15);
         driver.write(0x50, 0);
         driver.recovers();

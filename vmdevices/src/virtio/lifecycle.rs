@@ -168,7 +168,7 @@ impl Lifecycle {
         let queues = (0..self.queues.len())
             .filter_map(|index| u16::try_from(index).ok())
             .map(|index| {
-                self.virt_queue(index, positions.get(usize::from(index)).copied().unwrap_or_default())
+                self.virt_queue(index, positions.get(usize::from(index)).cloned().unwrap_or_default())
             })
             .collect::<Result<Vec<_>, _>>()
             .map_err(|error| Error::device("queue setup", error))?;
@@ -266,6 +266,14 @@ impl Lifecycle {
             Some(runner) if held => runner.quiesce(),
             Some(runner) => runner.resume(),
             None => {}
+        }
+    }
+
+    /// Has the device try again what the host failed to do.
+    pub(super) fn retry(&mut self) {
+        self.device.retry();
+        if let Some(runner) = &self.runner {
+            runner.resume();
         }
     }
 

@@ -52,7 +52,7 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"vmco");
 
 const WHAT: &str = "a virtio-mmio device";
-const STATE_VERSION: u8 = 1;
+const STATE_VERSION: u8 = 2;
 
 const USED_BUFFER: u32 = 1;
 const CONFIG_CHANGE: u32 = 2;
@@ -265,6 +265,10 @@ impl BusDevice for VirtioMmio {
         } else if let (Ok(bytes), true) = (<[u8; 4]>::try_from(data), offset.is_multiple_of(4)) {
             self.set_register(offset, u32::from_le_bytes(bytes));
         }
+    }
+
+    fn retry(&mut self) {
+        self.lifecycle.retry();
     }
 
     fn save(&self) -> Result<Vec<u8>> {

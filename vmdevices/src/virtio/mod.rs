@@ -45,7 +45,7 @@ mod vsock;
 
 pub use attach::{MmioAttach, PciAttach, mmio, pci};
 pub use balloon::{Balloon, BalloonHandle, BalloonStatistics};
-pub use block::{CacheMode, Disk, DiskHandle};
+pub use block::{CacheMode, Disk, DiskHandle, DiskStop, OnError};
 pub use console::{ConsoleHandle, VirtioConsole};
 pub use device::{
     Activation, DeviceType, Progress, Source, Transport, VirtioDevice, Worker, read_config_bytes,

@@ -22,7 +22,7 @@ use crate::pci::{Bar, Capability, Description, Identity, Interrupts, MsixTable, 
 use crate::saved;
 
 const WHAT: &str = "a virtio-pci device";
-const STATE_VERSION: u8 = 1;
+const STATE_VERSION: u8 = 2;
 
 /// Vendor and device IDs (4.1.2): the device ID is this and the virtio device type.
 const VENDOR: u16 = 0x1af4;
@@ -481,6 +481,10 @@ impl PciDevice for VirtioPci {
             }
             Programmed::Master(_) => {}
         }
+    }
+
+    fn retry(&mut self) {
+        self.lifecycle.retry();
     }
 
     fn save(&self) -> Result<Vec<u8>> {

@@ -4,12 +4,14 @@
 //! virtio-queue would silently cut short (loops, bad indices, bad addresses), publishes several used
 //! buffers at once, and honours the driver's wish for no interrupts without EVENT_IDX.
 
+use std::collections::VecDeque;
 use std::num::Wrapping;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Bytes, GuestMemory as _, Permissions};
 use vmcore::GuestAddress;
@@ -129,14 +131,17 @@ pub struct VirtQueue {
     queue: Queue,
     /// The used index when the driver was last told, or might have been.
     signalled: Wrapping<u16>,
+    /// Heads of chains that were taken, and are to be taken again before others.
+    kept: VecDeque<u16>,
     transport: Arc<dyn Transport>,
 }
 
 /// Where a queue stands, for snapshots.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Position {
     next_avail: u16,
     next_used: u16,
+    kept: Vec<u16>,
 }
 
 /// How a driver set a queue up, as it wrote it.
@@ -194,7 +199,9 @@ impl VirtQueue {
                 }
             }
         }
-        Ok(Self { index, queue, signalled: Wrapping(position.next_used), transport })
+        let (signalled, mut kept) = (Wrapping(position.next_used), VecDeque::from(position.kept));
+        kept.truncate(usize::from(setup.size));
+        Ok(Self { index, queue, signalled, kept, transport })
     }
 
     /// The device's number of this queue.
@@ -215,10 +222,15 @@ impl VirtQueue {
     /// Stops it: it is empty from now on.
     pub(super) fn stop(&mut self) {
         self.queue.reset();
+        self.kept.clear();
     }
 
     pub(super) fn position(&self) -> Position {
-        Position { next_avail: self.queue.next_avail(), next_used: self.queue.next_used() }
+        Position {
+            next_avail: self.queue.next_avail(),
+            next_used: self.queue.next_used(),
+            kept: self.kept.iter().copied().collect(),
+        }
     }
 
     /// Takes the next request, if there is one. `map` is the memory its buffers lie in.
@@ -230,7 +242,7 @@ impl VirtQueue {
         let Some(descriptors) = self.next(map)? else { return Ok(None) };
         let head = descriptors.head_index();
         let mut chain = Chain { head, readable: Buffers::default(), writable: Buffers::default() };
-        walk(queue, descriptors, limit, |at, len, access| {
+        walk(queue, head, descriptors, limit, |at, len, access| {
             let outside = |_| QueueError::Buffer { queue, head, at: at.0, len };
             let buffers = match access {
                 Permissions::Write => &mut chain.writable,
@@ -244,16 +256,37 @@ impl VirtQueue {
         Ok(Some(chain))
     }
 
-    /// As [`VirtQueue::pop`], for a request that outlives the call: its buffers are within `map`.
+    /// As [`VirtQueue::pop`], for a request that outlives the call: its buffers are within `map`. Those that
+    /// were [kept](VirtQueue::keep) come first.
     ///
     /// # Errors
     /// As [`VirtQueue::pop`].
     pub fn pop_ranges(&mut self, map: &MemoryMap) -> Result<Option<RangeChain>, QueueError> {
-        let (queue, limit) = (self.index, self.queue.max_size());
+        let limit = self.queue.max_size();
+        if let Some(head) = self.kept.pop_front() {
+            let descriptors = self.chain(map, head, limit)?;
+            return self.ranges(map, head, descriptors.into_iter()).map(Some);
+        }
         let Some(descriptors) = self.next(map)? else { return Ok(None) };
         let head = descriptors.head_index();
+        self.ranges(map, head, descriptors).map(Some)
+    }
+
+    /// Has [`VirtQueue::pop_ranges`] give a request again, after others that are kept. Its descriptors are
+    /// then read anew.
+    pub fn keep(&mut self, head: u16) {
+        self.kept.push_back(head);
+    }
+
+    fn ranges(
+        &self,
+        map: &MemoryMap,
+        head: u16,
+        descriptors: impl Iterator<Item = Descriptor>,
+    ) -> Result<RangeChain, QueueError> {
+        let (queue, limit) = (self.index, self.queue.max_size());
         let mut chain = RangeChain { head, ..RangeChain::default() };
-        walk(queue, descriptors, limit, |at, len, access| {
+        walk(queue, head, descriptors, limit, |at, len, access| {
             if len > 0 && !map.check_range(at, len as usize, access) {
                 return Err(QueueError::Buffer { queue, head, at: at.0, len });
             }
@@ -263,7 +296,35 @@ impl VirtQueue {
             }
             Ok(())
         })?;
-        Ok(Some(chain))
+        Ok(chain)
+    }
+
+    /// The descriptors of the chain at `head`, as far as it can be followed and is not longer than `limit`:
+    /// virtio-queue has only those of the available ring.
+    fn chain(&self, map: &MemoryMap, head: u16, limit: u16) -> Result<Vec<Descriptor>, QueueError> {
+        let broken = || QueueError::Chain { queue: self.index, head };
+        let (mut table, mut size) = (GuestAddress(self.queue.desc_table()), self.queue.size());
+        let (mut index, mut indirect, mut chain) = (head, false, Vec::new());
+        while chain.len() <= usize::from(limit) {
+            let at =
+                table.0.checked_add(16 * u64::from(index)).filter(|_| index < size).ok_or_else(broken)?;
+            let descriptor: Descriptor = map.read_obj(GuestAddress(at)).map_err(|_| broken())?;
+            if descriptor.refers_to_indirect_table() {
+                // Virtio 1.2, section 2.7.5.3.1: no table within a table.
+                let entries = u16::try_from(descriptor.len() / 16).map_err(|_| broken())?;
+                if std::mem::replace(&mut indirect, true) || !descriptor.len().is_multiple_of(16) {
+                    return Err(broken());
+                }
+                (table, size, index) = (descriptor.addr(), entries, 0);
+                continue;
+            }
+            chain.push(descriptor);
+            if !descriptor.has_next() {
+                break;
+            }
+            index = descriptor.next();
+        }
+        Ok(chain)
     }
 
     /// The next chain, not looked at yet.
@@ -415,11 +476,11 @@ impl VirtQueue {
 /// chains into indirect tables.
 fn walk(
     queue: u16,
-    descriptors: DescriptorChain<&MemoryMap>,
+    head: u16,
+    descriptors: impl Iterator<Item = Descriptor>,
     limit: u16,
     mut take: impl FnMut(GuestAddress, u32, Permissions) -> Result<(), QueueError>,
 ) -> Result<(), QueueError> {
-    let head = descriptors.head_index();
     let (mut ended, mut answers, mut count) = (false, false, 0);
     for descriptor in descriptors {
         count += 1;

@@ -243,6 +243,10 @@ impl BusDevice for PciRegisters {
         }
     }
 
+    fn retry(&mut self) {
+        self.host(|host| host.retry());
+    }
+
     fn save(&self) -> Result<Vec<u8>> {
         self.host(|host| host.save())
     }

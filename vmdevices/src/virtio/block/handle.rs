@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use super::Shared;
+use super::{DiskStop, Shared};
 use crate::block::{DiskError, DiskStats, Limits, SECTOR};
 
 /// A disk's handle ([`Disk::handle`](super::Disk::handle)): for any thread, before and while the guest
@@ -34,6 +34,11 @@ impl DiskHandle {
     /// What it has done so far.
     pub fn stats(&self) -> DiskStats {
         self.0.counters.get()
+    }
+
+    /// Why it stopped the VM, until that runs again; see [`OnError::Stop`](super::OnError::Stop).
+    pub fn stopped(&self) -> Option<DiskStop> {
+        self.0.stopped()
     }
 
     /// Holds the guest to other limits from now on.

@@ -6,6 +6,7 @@
 //! requests end in the call that takes them.
 
 mod handle;
+mod on_error;
 mod request;
 mod worker;
 
@@ -20,13 +21,14 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_GEOMETRY, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
-use vmcore::{Error, Machine, Result};
+use vmcore::{Control, Error, Machine, Result};
 
 use super::device::{Activation, DeviceType, Transport, VirtioDevice, Worker, read_config_bytes};
 use crate::block::{BlockBackend, Counters, DiskError, Image, Limiter, Limits, Pool, RawFile, SECTOR, count};
 use crate::complaints::Complaints;
 use crate::saved;
 pub use handle::DiskHandle;
+pub use on_error::{DiskStop, OnError};
 use request::{Failure, Job, Op};
 use worker::DiskWorker;
 
@@ -118,6 +120,12 @@ struct Shared {
     counters: Counters,
     /// Of the host's errors, which a guest may provoke: with a full disk, for example.
     complaints: Complaints,
+    /// For reading and for writing.
+    on_error: Mutex<[OnError; 2]>,
+    /// Of the machine that it is attached to.
+    control: Mutex<Option<Control>>,
+    /// While this is so no request is taken.
+    stop: Mutex<Option<DiskStop>>,
     /// Of the active device.
     transport: Mutex<Option<Arc<dyn Transport>>>,
 }
@@ -223,6 +231,9 @@ impl Disk {
             limiter: Mutex::new(Limiter::new(Limits::default(), Instant::now())),
             counters: Counters::default(),
             complaints: Complaints::default(),
+            on_error: Mutex::default(),
+            control: Mutex::default(),
+            stop: Mutex::default(),
             transport: Mutex::new(None),
         });
         Self { shared, settings: Settings { id: Id::default(), queues: 1, cache: CacheMode::default() } }
@@ -255,6 +266,37 @@ impl Disk {
     /// deterministic machines, whose time is not the host's.
     pub fn limits(self, limits: Limits) -> Self {
         self.shared.set_limits(limits);
+        self
+    }
+
+    /// What becomes of requests that the host fails, for `reads` and for all others; [`OnError::Report`] unless
+    /// said. Where that stops the VM [`DiskHandle::stopped`] says why.
+    ///
+    /// ```no_run
+    /// use vmcore::Outcome;
+    /// use vmdevices::{Disk, virtio::OnError};
+    ///
+    /// # fn wait_for_room() {}
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let disk = Disk::open("root.img")?.on_error(OnError::Report, OnError::StopIfFull);
+    /// let handle = disk.handle();
+    /// let mut vm = vmcore::Vm::builder().attach(disk).build()?;
+    /// while vm.run()? == Outcome::IoError {
+    ///     println!("{:?}", handle.stopped());
+    ///     wait_for_room();
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn on_error(self, reads: OnError, others: OnError) -> Self {
+        *self.shared.on_error.lock().unwrap_or_else(PoisonError::into_inner) = [reads, others];
+        self
+    }
+
+    /// On a machine with this off switch, which a test has instead of a VM.
+    #[cfg(test)]
+    pub(crate) fn controlled(self, control: Control) -> Self {
+        *self.shared.control.lock().unwrap_or_else(PoisonError::into_inner) = Some(control);
         self
     }
 
@@ -346,6 +388,7 @@ impl VirtioDevice for Disk {
     fn activate(&mut self, activation: Activation) -> Result<Vec<Box<dyn Worker>>> {
         let Activation { memory, features, queues, transport, on_vcpu } = activation;
         self.shared.features.store(features, Ordering::Release);
+        self.shared.go_on();
         *self.shared.transport.lock().unwrap_or_else(PoisonError::into_inner) = Some(transport);
         queues
             .into_iter()
@@ -365,7 +408,12 @@ impl VirtioDevice for Disk {
                 fix: "leave them out: the guest's time is not the host's".into(),
             });
         }
+        *self.shared.control.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine.control());
         Ok(())
+    }
+
+    fn retry(&mut self) {
+        self.shared.go_on();
     }
 
     fn save(&self) -> Result<Vec<u8>> {

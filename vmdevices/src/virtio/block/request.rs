@@ -255,6 +255,18 @@ fn read(ranges: &GuestRanges, map: &MemoryMap, into: &mut [u8]) -> usize {
 }
 
 impl Job {
+    /// Makes what was to be read zero.
+    pub(super) fn forget(&self) {
+        if let Op::Read(_) = self.op {
+            for part in &self.parts {
+                // It was writable when the request came, in this same map.
+                if let Ok(mut buffers) = part.data.buffers(&self.map, Permissions::Write) {
+                    buffers.write_zeroes(part.data.len());
+                }
+            }
+        }
+    }
+
     /// Bytes of data.
     pub(super) fn len(&self) -> usize {
         self.parts.iter().map(|part| part.data.len()).sum()

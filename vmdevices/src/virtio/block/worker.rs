@@ -14,7 +14,7 @@ use vmcore::{Error, EventSet, GuestMemory, Result};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::request::{Ended, Failure, Job, Op, Parsed, Part, Rules};
-use super::{CacheMode, QUEUE_SIZE, Settings, Shared};
+use super::{CacheMode, OnError, QUEUE_SIZE, Settings, Shared};
 use crate::block::{Ring, Transfer, count};
 use crate::virtio::device::{Progress, Source, Worker};
 use crate::virtio::queue::{QueueError, VirtQueue};
@@ -122,7 +122,8 @@ impl DiskWorker {
         let mut taken = 0;
         let Some(queue) = self.queues.first_mut() else { return Ok(Progress::Idle) };
         queue.disable_notifications(&map)?;
-        loop {
+        // Where the VM is about to stop, the rest waits for its next run.
+        while self.shared.stopped().is_none() {
             let more = self.fill_plug(&map, &mut taken)?;
             self.start();
             self.answer(&map)?;
@@ -177,7 +178,7 @@ impl DiskWorker {
             if let Engine::Aside(aside) = &self.engine
                 && let Err(wait) = shared.admit(bytes as u64)
             {
-                queue.unpop(1);
+                queue.keep(head);
                 aside.wake_in(wait);
                 return Ok(Take::Held);
             }
@@ -216,8 +217,22 @@ impl DiskWorker {
             aside.collect(&mut self.ended, &self.shared);
         }
         let Some(queue) = self.queues.first_mut() else { return Ok(()) };
-        while let Some(Ended { job, result }) = self.ended.pop_front() {
+        while let Some(Ended { job, mut result }) = self.ended.pop_front() {
             self.in_flight = self.in_flight.saturating_sub(job.parts.len());
+            if let Err(Failure::Host(error)) = &result {
+                match self.shared.judge(&job, error) {
+                    OnError::Stop => {
+                        job.parts.iter().for_each(|part| queue.keep(part.head));
+                        continue;
+                    }
+                    OnError::Ignore => {
+                        self.shared.account(&job, &result);
+                        job.forget();
+                        result = Ok(());
+                    }
+                    OnError::Report | OnError::StopIfFull => {}
+                }
+            }
             self.shared.account(&job, &result);
             for part in &job.parts {
                 let written = part.answer.end(&job.map, &job.op, &result);

@@ -9,23 +9,23 @@ use crate::block::{Effect, Fault, Faulty, Limits, Operation, RawFile, RawOptions
 use crate::rate::Rate;
 use crate::virtio::block::{CacheMode, Disk, DiskHandle};
 
-const FLUSH: u64 = 1 << 9;
+pub(super) const FLUSH: u64 = 1 << 9;
 const CONFIG_WCE: u64 = 1 << 11;
 const MQ: u64 = 1 << 12;
 
-const READ: u32 = 0;
-const OUT: u32 = 1;
-const SYNC: u32 = 4;
+pub(super) const READ: u32 = 0;
+pub(super) const OUT: u32 = 1;
+pub(super) const SYNC: u32 = 4;
 
-fn threads() -> Threading {
+pub(super) fn threads() -> Threading {
     Threading::IoThreads(vec![IoThread::new("disks").unwrap()])
 }
 
-fn both() -> [Threading; 2] {
+pub(super) fn both() -> [Threading; 2] {
     [Threading::Vcpu, threads()]
 }
 
-fn eventually(mut true_at_last: impl FnMut() -> bool) {
+pub(super) fn eventually(mut true_at_last: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(10);
     while !true_at_last() {
         assert!(Instant::now() < end, "it never came");
@@ -86,14 +86,14 @@ impl BlockBackend for Counted {
 
 impl Driver {
     /// Starts the device with these features of its own.
-    fn start_with(&mut self, own: u64) {
+    pub(super) fn start_with(&mut self, own: u64) {
         self.negotiate(features::VERSION_1 | features::INDIRECT_DESC | features::RING_RESET | own);
         self.queue(self.queue, SIZE, [TABLE, AVAILABLE, USED]);
         self.write(0x70, 15);
     }
 
     /// A request on its own descriptors, 0 to 2 of them, and its own page of data; not waited for.
-    fn begin(&mut self, slot: u16, kind: u32, sector: u64, len: u32) {
+    pub(super) fn begin(&mut self, slot: u16, kind: u32, sector: u64, len: u32) {
         let page = 0x1_0000 + 0x4000 * u64::from(slot);
         let (header, status, data) = (page, page + 0x20, page + 0x1000);
         let bytes = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
@@ -113,22 +113,22 @@ impl Driver {
         self.memory.store(GuestAddress(AVAILABLE + 2), &self.available).unwrap();
     }
 
-    fn ring(&mut self) {
+    pub(super) fn ring(&mut self) {
         self.write(0x50, self.queue);
     }
 
-    fn status_of(&self, slot: u16) -> u8 {
+    pub(super) fn status_of(&self, slot: u16) -> u8 {
         self.memory.load(GuestAddress(0x1_0020 + 0x4000 * u64::from(slot))).unwrap()
     }
 
-    fn data_of(&self, slot: u16, len: usize) -> Vec<u8> {
+    pub(super) fn data_of(&self, slot: u16, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.memory.read(GuestAddress(0x1_1000 + 0x4000 * u64::from(slot)), &mut bytes).unwrap();
         bytes
     }
 
     /// A request, to its end: the status.
-    fn does(&mut self, kind: u32, sector: u64, len: u32) -> u8 {
+    pub(super) fn does(&mut self, kind: u32, sector: u64, len: u32) -> u8 {
         let before = self.used();
         self.begin(0, kind, sector, len);
         self.ring();
