@@ -168,8 +168,8 @@ impl Machine {
             }
         });
         let mut session = Session { child, keys, parts, seen: Vec::new(), side };
-        // The kernel drops what comes before the port is opened.
-        session.expect("vmcore-guest: cpus=")?;
+        // What is typed before the shell's prompt may be lost.
+        session.expect("# ")?;
         session.type_line("stty -echo; PS1=; echo re''ady")?;
         session.expect("ready")?;
         Ok(session)
