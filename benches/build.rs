@@ -1,5 +1,5 @@
 //! Compiles the raw-ioctl C code that vmcore is measured against, a library and a program; and the
-//! program that times kinds of work, on the host and in guests.
+//! programs that time kinds of work, on the host and in guests.
 
 use std::path::PathBuf;
 
@@ -15,7 +15,7 @@ fn program(build: &cc::Build, variable: &str, sources: &[&str], options: &[&str]
 }
 
 fn main() {
-    for source in ["raw.c", "raw.h", "raw_start.c", "rows.c"] {
+    for source in ["raw.c", "raw.h", "raw_start.c", "rows.c", "stream.c"] {
         println!("cargo:rerun-if-changed={source}");
     }
     let mut build = cc::Build::new();
@@ -23,4 +23,5 @@ fn main() {
     build.clone().file("raw.c").compile("raw");
     program(&build, "RAW_START", &["raw.c", "raw_start.c"], &[]);
     program(&build, "ROWS", &["rows.c"], &["-static"]);
+    program(&build, "STREAM", &["stream.c"], &["-static"]);
 }

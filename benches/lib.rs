@@ -2,7 +2,7 @@
 
 use std::error::Error;
 use std::ffi::c_int;
-use std::io;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -112,6 +112,53 @@ pub fn build_vmrun() -> Result<PathBuf, Box<dyn Error>> {
     let own = std::env::current_exe()?;
     let vmrun = own.ancestors().nth(2).ok_or("no target directory")?.join("vmrun");
     if vmrun.exists() { Ok(vmrun) } else { Err(format!("no {}", vmrun.display()).into()) }
+}
+
+/// An archive for the kernel to unpack: cpio's "newc" format (Linux,
+/// Documentation/driver-api/early-userspace/buffer-format.rst).
+#[derive(Debug)]
+pub struct Archive<W: Write> {
+    to: W,
+    files: u32,
+}
+
+impl<W: Write> Archive<W> {
+    /// An empty one.
+    pub fn new(to: W) -> Self {
+        Self { to, files: 0 }
+    }
+
+    /// Adds the file or directory `name` with its mode, as stat(2) has it.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub fn add(&mut self, name: &str, mode: u32, content: &[u8]) -> Result<(), Box<dyn Error>> {
+        self.files += 1;
+        let (size, name_size) = (u32::try_from(content.len())?, u32::try_from(name.len() + 1)?);
+        // Magic; inode, mode, user, group, links, time, size, device (2), special device (2), name, checksum.
+        write!(self.to, "070701")?;
+        for field in [self.files, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0] {
+            write!(self.to, "{field:08x}")?;
+        }
+        self.padded(&[name.as_bytes(), &[0]].concat(), 110)?;
+        self.padded(content, 0)
+    }
+
+    /// Writes `bytes`, with zeros to the next multiple of four of their number and `before`.
+    fn padded(&mut self, bytes: &[u8], before: usize) -> Result<(), Box<dyn Error>> {
+        self.to.write_all(bytes)?;
+        let len = before + bytes.len();
+        Ok(self.to.write_all(&[0; 3][..len.next_multiple_of(4) - len])?)
+    }
+
+    /// Ends it.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub fn end(mut self) -> Result<(), Box<dyn Error>> {
+        self.add("TRAILER!!!", 0, &[])?;
+        Ok(self.to.flush()?)
+    }
 }
 
 /// The middle one.

@@ -4,10 +4,10 @@
 use std::collections::HashMap;
 use std::error::Error;
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
-use vmcore_benches::build_vmrun;
+use vmcore_benches::{Archive, build_vmrun};
 
 use crate::guest::{Guest, guests, run_until};
 
@@ -43,42 +43,9 @@ const MODULES: [&str; 7] = [
 
 const DISK_LEN: usize = 64 << 20;
 
-/// An archive for the kernel to unpack: cpio's "newc" format (Linux,
-/// Documentation/driver-api/early-userspace/buffer-format.rst).
-struct Archive<W: Write> {
-    to: W,
-    files: u32,
-}
-
-impl<W: Write> Archive<W> {
-    fn add(&mut self, name: &str, mode: u32, content: &[u8]) -> Result<(), Box<dyn Error>> {
-        self.files += 1;
-        let (size, name_size) = (u32::try_from(content.len())?, u32::try_from(name.len() + 1)?);
-        // Magic; inode, mode, user, group, links, time, size, device (2), special device (2), name, checksum.
-        write!(self.to, "070701")?;
-        for field in [self.files, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0] {
-            write!(self.to, "{field:08x}")?;
-        }
-        self.padded(&[name.as_bytes(), &[0]].concat(), 110)?;
-        self.padded(content, 0)
-    }
-
-    /// Writes `bytes`, with zeros to the next multiple of four of their number and `before`.
-    fn padded(&mut self, bytes: &[u8], before: usize) -> Result<(), Box<dyn Error>> {
-        self.to.write_all(bytes)?;
-        let len = before + bytes.len();
-        Ok(self.to.write_all(&[0; 3][..len.next_multiple_of(4) - len])?)
-    }
-
-    fn end(mut self) -> Result<(), Box<dyn Error>> {
-        self.add("TRAILER!!!", 0, &[])?;
-        Ok(self.to.flush()?)
-    }
-}
-
 /// The initrd: the program and the modules, which it loads in the order of their names.
 fn make_initrd(to: &Path, kernel_modules: &Path) -> Result<(), Box<dyn Error>> {
-    let mut archive = Archive { to: BufWriter::new(File::create(to)?), files: 0 };
+    let mut archive = Archive::new(BufWriter::new(File::create(to)?));
     let (directory, program, file) = (0o40_755, 0o100_755, 0o100_644);
     archive.add("init", program, &std::fs::read(env!("ROWS"))?)?;
     for name in ["dev", "proc", "modules"] {
