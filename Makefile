@@ -1,5 +1,5 @@
 # What README names. Everything goes through cargo; guests come from Debian packages.
-.PHONY: vmrun demo test bench fuzz guests lint unit docs boot soak clean-guests
+.PHONY: vmrun demo test bench fuzz guests lint unit docs boot python python-wheel soak clean-guests
 
 export VMCORE_GUESTS ?= $(CURDIR)/target/guests
 RIG := $(CURDIR)/examples/guest/rig
@@ -16,7 +16,7 @@ demo: guests vmrun
 	examples/guest/demo
 
 # Everything that must hold, fast to slow.
-test: lint unit docs boot
+test: lint unit docs boot python
 
 lint:
 	cargo fmt --all --check
@@ -56,6 +56,28 @@ boot: guests
 	VMCORE_ACCEL=soft VMCORE_REQUIRE_BOOT=1 cargo test -p vmdevices --test boot_disks -- --test-threads=1
 	VMCORE_REQUIRE_BOOT=1 cargo test -p vmdevices --test deterministic
 	VMCORE_RIG_EACH=1 examples/guest/real-kvm cargo test -p vmdevices --test boot -- --test-threads=1 --skip other:: $(SOFT_ONLY)
+
+# The Python package, built for development: its tests, the boots among them, and its types. Everything from
+# PyPI is in a virtual environment below target/.
+VENV := $(CURDIR)/target/python
+PYTHON_TOOLS := 'maturin>=1.9,<2' pytest numpy mypy typing_extensions basedpyright
+
+$(VENV)/ready: bindings-py/pyproject.toml
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip --quiet install --disable-pip-version-check $(PYTHON_TOOLS)
+	touch $@
+
+python: guests $(VENV)/ready
+	cd bindings-py && VIRTUAL_ENV=$(VENV) $(VENV)/bin/maturin develop --quiet
+	cd bindings-py && $(VENV)/bin/mypy python/vmcore tests examples ../benches/callbacks.py
+	cd bindings-py && $(VENV)/bin/python -m mypy.stubtest vmcore --mypy-config-file pyproject.toml \
+	  --allowlist tests/stubtest-allow.txt --ignore-unused-allowlist
+	cd bindings-py && $(VENV)/bin/basedpyright --level error --pythonpath $(VENV)/bin/python python/vmcore examples
+	cd bindings-py && VMCORE_REQUIRE_BOOT=1 $(VENV)/bin/pytest -q
+
+# As pip builds it: the wheel and the source distribution, in target/wheels.
+python-wheel: $(VENV)/ready
+	cd bindings-py && $(VENV)/bin/maturin build --sdist --out $(CURDIR)/target/wheels
 
 # What takes too long for every day, on the software CPU, about two hours of it: every kernel in every
 # way; work in a Debian system that debootstrap makes there: dpkg, apt, Python's tests, gcc, openssl, sqlite,

@@ -7,7 +7,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::FromRawFd;
 use std::sync::{Arc, Mutex};
 
-use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::bitmap::{AtomicBitmap, Bitmap as _};
 use vm_memory::{FileOffset, VolatileMemory, VolatileSlice};
 
 use super::discard::ReturnBy;
@@ -412,7 +412,8 @@ impl MemoryRegion {
     }
 
     /// Host virtual address (HVA) of the first byte, for backends that map memory by address.
-    /// It stays valid while the region lives; the guest may change the bytes at any time.
+    /// It stays valid while the region lives; the guest may change the bytes at any time. Who writes there
+    /// says so by [`MemoryRegion::written`].
     pub fn host_address(&self) -> *mut u8 {
         self.mapping.as_ptr()
     }
@@ -436,6 +437,16 @@ impl MemoryRegion {
         })?;
         slice.copy_from(bytes);
         Ok(())
+    }
+
+    /// Says that `len` bytes at `offset` (bytes from the base) were written by way of
+    /// [`MemoryRegion::host_address`], which nobody else sees: dirty tracking counts them, and the software
+    /// CPU decodes them anew. What is beyond the region's end is left out.
+    pub fn written(&self, offset: u64, len: u64) {
+        let len = len.min(self.len().saturating_sub(offset));
+        if let (Ok(offset), Ok(len @ 1..)) = (usize::try_from(offset), usize::try_from(len)) {
+            self.mapping.bitmap().mark_dirty(offset, len);
+        }
     }
 
     /// Copies `buf.len()` bytes from `offset` (bytes from the base).

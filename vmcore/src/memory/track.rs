@@ -89,4 +89,17 @@ mod tests {
         drop(log);
         memory.write(GuestAddress(0x1ffe), &[1, 2, 3, 4]).unwrap();
     }
+
+    #[test]
+    fn writes_by_address_are_told_as_far_as_there_is_memory() {
+        let region = Arc::new(MemoryRegion::anonymous(GuestAddress(0x1000), 0x2000).unwrap());
+        let log = Arc::new(Log::default());
+        region.observe(&log);
+        region.written(0x10, 4);
+        region.written(0x1ff0, u64::MAX);
+        region.written(0x2000, 1);
+        region.written(u64::MAX, u64::MAX);
+        region.written(0, 0);
+        assert_eq!(*log.0.lock().unwrap(), [(0x10, 4), (0x1ff0, 0x10)]);
+    }
 }

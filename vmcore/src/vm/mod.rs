@@ -295,19 +295,7 @@ impl Vm {
     /// Where the VM is running on another thread's account and cannot be held; see
     /// [`VmHandle::pause`].
     pub fn stats(&self) -> Result<VmStats> {
-        let paused = self.handle().pause()?;
-        let mut stats = VmStats {
-            first_entry: self.threads.shared.first_entry(),
-            backend_vm: self.inside.vm.backend_stats(),
-            ..VmStats::default()
-        };
-        for vcpu in &self.inside.vcpus {
-            let vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
-            stats.vcpus.push(vcpu.stats());
-            stats.backend_vcpus.push(vcpu.backend_stats());
-        }
-        paused.resume();
-        Ok(stats)
+        self.handle().stats()
     }
 }
 

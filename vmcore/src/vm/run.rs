@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::io_thread::{Hold, IoThread, mark_vm_thread, on_vm_thread};
 use super::turns::{Turn, Turns};
-use super::{Inside, hash};
+use super::{Inside, VmStats, hash};
 use crate::backend::{VcpuExit, VcpuHandle};
 use crate::deterministic::StateHash;
 use crate::error::{Error, Result};
@@ -503,6 +503,25 @@ impl VmHandle {
         drop(self.shared.wait_for_parked());
         paused.holds = paused.inside.io_threads.iter().map(IoThread::hold).collect();
         Ok(paused)
+    }
+
+    /// What the VM did so far, also while it runs: it stands still for the answer.
+    ///
+    /// # Errors
+    /// As [`VmHandle::pause`].
+    pub fn stats(&self) -> Result<VmStats> {
+        let paused = self.pause()?;
+        let mut stats = VmStats {
+            first_entry: self.shared.first_entry(),
+            backend_vm: paused.inside.vm.backend_stats(),
+            ..VmStats::default()
+        };
+        for vcpu in &paused.inside.vcpus {
+            let vcpu = lock(vcpu);
+            stats.vcpus.push(vcpu.stats());
+            stats.backend_vcpus.push(vcpu.backend_stats());
+        }
+        Ok(stats)
     }
 }
 

@@ -178,24 +178,55 @@ impl Script {
     /// [`ExpectError::Timeout`] when `timeout` is over, [`ExpectError::Closed`] when the VM is
     /// dropped. The next call then looks at the same output again.
     pub fn expect(&self, pattern: &str, timeout: Duration) -> Result<String, ExpectError> {
+        // Bytes before this were looked at, in bytes since the beginning.
+        let mut looked: u64 = 0;
+        let find = |from: u64, output: &[u8]| {
+            let skip = usize::try_from(looked.saturating_sub(from)).unwrap_or(usize::MAX).min(output.len());
+            looked = from + count(output.len().saturating_sub(pattern.len().saturating_sub(1)));
+            find(pattern.as_bytes(), &output[skip..]).map(|end| skip + end)
+        };
+        self.search(find, pattern, timeout)
+    }
+
+    /// As [`Script::expect`], with what is waited for found by `find`: it is given all output since the last
+    /// match, again whenever there is more, and says where its match ends. `what` is for messages. No other
+    /// call of the script goes on meanwhile, nor does the guest's output.
+    ///
+    /// # Errors
+    /// As [`Script::expect`].
+    pub fn expect_with(
+        &self,
+        mut find: impl FnMut(&[u8]) -> Option<usize>,
+        what: &str,
+        timeout: Duration,
+    ) -> Result<String, ExpectError> {
+        self.search(|_, output| find(output), what, timeout)
+    }
+
+    /// Waits until `find`, given the number of the first byte behind the last match and the output from there,
+    /// says where a match ends.
+    fn search(
+        &self,
+        mut find: impl FnMut(u64, &[u8]) -> Option<usize>,
+        what: &str,
+        timeout: Duration,
+    ) -> Result<String, ExpectError> {
         let begin = Instant::now();
         let mut state = self.0.state();
-        // Bytes before this were looked at, in bytes since the beginning.
-        let mut looked = 0;
         loop {
             let from = state.cursor.max(state.forgotten);
-            if let Some(end) = state.find(pattern.as_bytes(), from.max(looked)) {
+            if let Some(len) = find(from, state.since(from)) {
+                let end = from.saturating_add(count(len)).min(state.end());
                 let text = state.text(from, end);
                 state.cursor = end;
                 return Ok(text);
             }
-            looked = state.end().saturating_sub(count(pattern.len().saturating_sub(1)));
             let waited = begin.elapsed();
             if state.closed {
-                return Err(ExpectError::Closed { pattern: pattern.to_owned(), tail: state.tail() });
+                return Err(ExpectError::Closed { pattern: what.to_owned(), tail: state.tail() });
             }
             let Some(left) = timeout.checked_sub(waited).filter(|left| !left.is_zero()) else {
-                let (pattern, tail) = (pattern.to_owned(), state.tail());
+                let (pattern, tail) = (what.to_owned(), state.tail());
                 return Err(ExpectError::Timeout { waited, pattern, tail });
             };
             state.waiting += 1;
@@ -257,14 +288,10 @@ impl State {
         self.forgotten + count(self.output.len())
     }
 
-    /// Where the first `pattern` behind `from` ends.
-    fn find(&self, pattern: &[u8], from: u64) -> Option<u64> {
-        if pattern.is_empty() {
-            return Some(from);
-        }
-        let output: Vec<u8> = self.output.range(self.index(from)..).copied().collect();
-        let at = output.windows(pattern.len()).position(|window| window == pattern)?;
-        Some(from + count(at + pattern.len()))
+    /// The output from byte `from` on, which is counted from the beginning.
+    fn since(&mut self, from: u64) -> &[u8] {
+        let index = self.index(from);
+        &self.output.make_contiguous()[index..]
     }
 
     fn text(&self, from: u64, to: u64) -> String {
@@ -282,6 +309,15 @@ impl State {
         let index = usize::try_from(number.saturating_sub(self.forgotten)).unwrap_or(usize::MAX);
         index.min(self.output.len())
     }
+}
+
+/// Where the first `pattern` in `output` ends.
+fn find(pattern: &[u8], output: &[u8]) -> Option<usize> {
+    if pattern.is_empty() {
+        return Some(0);
+    }
+    let at = output.windows(pattern.len()).position(|window| window == pattern)?;
+    Some(at + pattern.len())
 }
 
 fn count(bytes: usize) -> u64 {
@@ -308,6 +344,18 @@ mod tests {
         assert_eq!(script.expect(", ", SOON).unwrap(), ", ");
         assert_eq!(script.expect("", SOON).unwrap(), "");
         assert_eq!(script.transcript(), "one, two, two, \u{fffd}");
+    }
+
+    #[test]
+    fn what_is_waited_for_can_be_found_by_a_closure() {
+        let (mut console, script) = memory().unwrap();
+        console.write(b"a1b22c").unwrap();
+        let digit = |output: &[u8]| output.iter().position(u8::is_ascii_digit).map(|at| at + 1);
+        assert_eq!(script.expect_with(digit, "a digit", SOON).unwrap(), "a1");
+        assert_eq!(script.expect_with(digit, "a digit", SOON).unwrap(), "b2");
+        assert_eq!(script.expect_with(|_| Some(usize::MAX), "the rest", SOON).unwrap(), "2c");
+        let error = script.expect_with(digit, "a digit", SOON).unwrap_err();
+        assert!(error.to_string().starts_with("no \"a digit\" from the guest"), "{error}");
     }
 
     #[test]
