@@ -162,7 +162,7 @@ impl Error {
     /// What to do about it, where that is known: the part of the text that says so, for programs that show
     /// it apart.
     pub fn fix(&self) -> Option<&str> {
-        let fix = match self {
+        let fix: &str = match self {
             Error::BackendUnusable { fix, .. }
             | Error::Unsupported { fix, .. }
             | Error::Config { fix, .. } => fix,
