@@ -139,6 +139,57 @@ impl Error {
     ) -> Self {
         Error::Device { id: id.into(), source: source.into() }
     }
+
+    /// Which kind of error it is, in a word or two that stay the same: the variant's name in lower case, words joined by
+    /// "_". For programs in other languages and for logs.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Error::Memory(_) => "memory",
+            Error::Boot(_) => "boot",
+            Error::Os { .. } => "os",
+            Error::BackendUnusable { .. } => "backend_unusable",
+            Error::Unsupported { .. } => "unsupported",
+            Error::Config { .. } => "config",
+            Error::Conflict { .. } => "conflict",
+            Error::Emulation(_) => "emulation",
+            Error::EntryFailed { .. } => "entry_failed",
+            Error::State { .. } => "state",
+            Error::WrongState { .. } => "wrong_state",
+            Error::Device { .. } => "device",
+        }
+    }
+
+    /// What to do about it, where that is known: the part of the text that says so, for programs that show
+    /// it apart.
+    pub fn fix(&self) -> Option<&str> {
+        let fix: &str = match self {
+            Error::BackendUnusable { fix, .. }
+            | Error::Unsupported { fix, .. }
+            | Error::Config { fix, .. } => fix,
+            Error::WrongState { fix, .. } => fix,
+            Error::Os { source, .. } => advice(source).trim_start_matches("; "),
+            Error::Conflict { .. } => "choose another place",
+            Error::EntryFailed { .. } => "check segments, CR0, CR4 and EFER",
+            Error::Emulation(failure) => &failure.hint,
+            Error::Memory(error) => return error.fix(),
+            Error::Boot(error) => return error.fix(),
+            Error::State { .. } => return None,
+            Error::Device { source, .. } => return source.downcast_ref::<Error>()?.fix(),
+        };
+        Some(fix).filter(|fix| !fix.is_empty())
+    }
+
+    /// The number of the operating system's error that is behind it (errno), where one is.
+    pub fn errno(&self) -> Option<i32> {
+        let mut next: Option<&(dyn std::error::Error + 'static)> = Some(self);
+        while let Some(error) = next {
+            if let Some(number) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+                return Some(number);
+            }
+            next = error.source();
+        }
+        None
+    }
 }
 
 /// Where and on what the backend gave up executing the guest.
@@ -187,7 +238,25 @@ mod tests {
         assert!(missing.starts_with("open failed for /a/b: ") && missing.ends_with("; check the path"));
         assert!(text(libc::EMFILE).contains("ulimit -n"));
         assert!(text(libc::EINVAL).ends_with("(os error 22)"));
+        assert_eq!(
+            Error::os("open", "/a/b", io::Error::from_raw_os_error(libc::ENOENT)).fix(),
+            Some("check the path")
+        );
         let plain = Error::os("KVM_CREATE_VM", "", io::Error::from_raw_os_error(libc::ENOMEM)).to_string();
         assert!(plain.starts_with("KVM_CREATE_VM failed: "), "{plain}");
+    }
+
+    #[test]
+    fn errno_and_fix_are_found_below_a_device_and_an_image() {
+        let os = |errno| io::Error::from_raw_os_error(errno);
+        let inner = Error::os("open", "/a/b", os(libc::EMFILE));
+        let outer = Error::device("disk", inner);
+        assert_eq!((outer.code(), outer.errno()), ("device", Some(libc::EMFILE)));
+        assert!(outer.fix().is_some_and(|fix| fix.contains("ulimit -n")));
+        let boot = Error::from(BootError::Open { image: "kernel x".into(), source: os(libc::ENOENT) });
+        assert_eq!((boot.code(), boot.errno()), ("boot", Some(libc::ENOENT)));
+        assert_eq!(boot.fix(), Some("check the path and its permissions"));
+        let text = Error::device("disk", "is gone");
+        assert_eq!((text.errno(), text.fix()), (None, None));
     }
 }

@@ -198,3 +198,24 @@ pub enum BootError {
         source: MemoryError,
     },
 }
+
+impl BootError {
+    /// What to do about it, where the text says so.
+    pub fn fix(&self) -> Option<&str> {
+        Some(match self {
+            Self::Open { .. } => "check the path and its permissions",
+            Self::Truncated { .. } | Self::PayloadLength { .. } => "copy or build it again",
+            Self::Unrecognised { fix, .. }
+            | Self::Unsupported { fix, .. }
+            | Self::TooLarge { fix, .. }
+            | Self::NotInMemory { fix, .. }
+            | Self::Table { fix, .. } => fix,
+            Self::NoRoom { .. } => "give the VM more memory or use smaller images",
+            Self::Overlap { .. } => "move one of them",
+            Self::ZeroByte { .. } => "remove it",
+            Self::Seed { .. } => "boot with RngSeed::None",
+            Self::Memory { source, .. } => return source.fix(),
+            Self::Read { .. } | Self::Invalid { .. } | Self::Decompress { .. } => return None,
+        })
+    }
+}

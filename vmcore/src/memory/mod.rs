@@ -203,3 +203,25 @@ pub enum MemoryError {
         backend: &'static str,
     },
 }
+
+impl MemoryError {
+    /// What to do about it, where the text says so.
+    pub fn fix(&self) -> Option<&str> {
+        Some(match self {
+            Self::Overlap { .. } => "unmap that region first or choose another base",
+            Self::Empty { .. } => "give it at least one page (4096 bytes)",
+            Self::Overflow { .. } => "give it less or a lower base",
+            Self::FileTooShort { .. } => "extend the file or map less",
+            Self::Host { hint, .. } => hint,
+            Self::NumaNodes { .. } => "name some of these",
+            Self::Unsupported { fix, .. } => fix,
+            Self::NoSlots { .. } => "unmap a region or join neighbours",
+            Self::Misaligned { .. }
+            | Self::NotMapped { .. }
+            | Self::ReadOnly { .. }
+            | Self::NoRegion { .. } => {
+                return None;
+            }
+        })
+    }
+}
