@@ -14,6 +14,7 @@ use std::path::Path;
 use fuzz::{End, LAYOUT, MASK, STEP};
 
 type Device = fn(&[u8]) -> End;
+type Target = Box<dyn Fn(&[u8])>;
 
 /// How many queues each has, and what it is.
 const DEVICES: [(usize, &str, Device); 7] = [
@@ -135,13 +136,13 @@ fn a_function_on_pci_sends_messages_wherever_its_bar_is() {
 fn the_seeds_of_the_fuzz_targets_do_no_harm() {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
     let devices = DEVICES.map(|(_, name, device)| (format!("virtio_{name}"), device));
-    let mut targets: Vec<(String, Box<dyn Fn(&[u8])>)> = vec![
+    let mut targets: Vec<(String, Target)> = vec![
         ("virtio_net_commands".into(), Box::new(|input| _ = fuzz::net_commands(input))),
         ("pci".into(), Box::new(|input| _ = fuzz::pci(input))),
         ("nat".into(), Box::new(fuzz::nat::nat)),
     ];
     targets.extend(devices.map(|(name, device)| {
-        let target: Box<dyn Fn(&[u8])> = Box::new(move |input| _ = device(input));
+        let target: Target = Box::new(move |input| _ = device(input));
         (name, target)
     }));
     for (name, target) in targets {

@@ -1,18 +1,19 @@
 //! A stock Debian guest on the built-in NAT.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::LazyLock;
+use std::sync::{Arc, Barrier, LazyLock};
 use std::time::{Duration, Instant};
 
 use vmcore::boot::Linux;
 use vmcore::{Outcome, Vm};
 use vmdevices::console::Script;
 use vmdevices::net::{Forward, Nat};
-use vmdevices::{Net, Pc, console};
+use vmdevices::{Disk, Net, Pc, console};
 
-use super::{LIMIT, accel, ask, guests};
+use super::{LIMIT, accel, ask, guests, guests_with};
 
 /// What udhcpc runs: sets what it got.
 const LEASE: &str = r#"#!/bin/sh
@@ -66,36 +67,47 @@ impl Drop for End<'_> {
     }
 }
 
-/// Boots a guest with a card on `nat` and has `act` talk to its shell.
+/// Boots a guest with a card on `nat`, has it ask for an address, and has `act` talk to its shell.
 fn with_guest(nat: Nat, act: impl FnOnce(&Script) + Send + 'static) {
     let Some(guests) = guests() else { return };
+    boot(&guests, "", None, nat, move |script| {
+        script.send(format!("cat > /tmp/lease <<'EOF'\n{LEASE}EOF\nchmod 755 /tmp/lease\n")).unwrap();
+        ask(script, "ip link set lo up; ip link set eth0 up");
+        let lease = ask(script, "udhcpc -i eth0 -s /tmp/lease -n -q -T 1 -t 20");
+        let expected = "leased 10.0.2.15/24 via 10.0.2.2 dns 10.0.2.2 mtu 1500 name guest for ";
+        assert!(lease.contains(expected), "{lease}");
+        act(script);
+    });
+}
+
+/// Boots a guest with a card on `nat`, and a disk, if there is one, that the guest does not write; has `act`
+/// talk to its shell.
+fn boot(guests: &Path, more: &str, disk: Option<Disk>, nat: Nat, act: impl FnOnce(&Script) + Send + 'static) {
     let (serial, script) = console::memory().unwrap();
     let linux = Linux::new(guests.join("cloud/vmlinuz"))
         .initrd(guests.join("cloud/initrd.img"))
-        .cmdline("console=ttyS0 panic=-1 vmtest=shell");
-    let mut vm = Vm::builder()
+        .cmdline(format!("console=ttyS0 panic=-1 vmtest=shell {more}"));
+    let mut builder = Vm::builder()
         .accel(accel())
         .cpus(2)
         .memory(256 << 20)
         .boot(linux)
         .attach(Pc::new().serial(serial))
-        .attach(Net::nat(nat).unwrap())
-        .build()
-        .unwrap();
+        .attach(Net::nat(nat).unwrap());
+    if let Some(disk) = disk {
+        builder = builder.attach(disk);
+    }
+    let mut vm = builder.build().unwrap();
     let transcript = script.clone();
     script.send("stty -echo; PS1=; echo re''ady\n").unwrap();
     let typist = std::thread::spawn(move || {
         let end = End(&script);
         script.expect("ready", LIMIT).unwrap();
-        script.send(format!("cat > /tmp/lease <<'EOF'\n{LEASE}EOF\nchmod 755 /tmp/lease\n")).unwrap();
-        ask(&script, "ip link set lo up; ip link set eth0 up");
-        let lease = ask(&script, "udhcpc -i eth0 -s /tmp/lease -n -q -T 1 -t 20");
-        let expected = "leased 10.0.2.15/24 via 10.0.2.2 dns 10.0.2.2 mtu 1500 name guest for ";
-        assert!(lease.contains(expected), "{lease}");
         act(&script);
         drop(end);
     });
-    let outcome = vm.run_for(LIMIT);
+    // Each question has the limit to itself.
+    let outcome = vm.run_for(3 * LIMIT);
     drop(vm);
     let typed = typist.join();
     let transcript = transcript.transcript();
@@ -183,4 +195,77 @@ fn a_guest_downloads_a_gibibyte() {
     let port = serve(1024);
     let nat = nat().name("files.test", [Ipv4Addr::new(10, 0, 2, 2).into()]);
     with_guest(nat, move |script| download(script, port, 1024));
+}
+
+/// Connections are descriptors here twice: the NAT's and the server's.
+fn many_descriptors() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).unwrap();
+}
+
+#[test]
+fn a_guest_keeps_a_thousand_connections_and_uploads_beside_them() {
+    const COUNT: usize = 1000;
+    many_descriptors();
+    let Some(guests) = guests_with("root.ext4") else { return };
+    let listen = || {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        (listener, port)
+    };
+    let (crowd, crowd_port) = listen();
+    let (upload, upload_port) = listen();
+    // Answers nobody before all are there, and the file too.
+    let all_there = Arc::new(Barrier::new(2));
+    let server = std::thread::spawn({
+        let all_there = all_there.clone();
+        move || {
+            let streams = (0..COUNT).map(|_| crowd.accept().unwrap().0).collect::<Vec<_>>();
+            all_there.wait();
+            all_there.wait();
+            for stream in &streams {
+                let mut line = String::new();
+                BufReader::new(stream).read_line(&mut line).unwrap();
+                let number: usize = line.trim().parse().unwrap();
+                writeln!(&*stream, "{}", 7 * number + 1).unwrap();
+            }
+        }
+    });
+    let receiver = std::thread::spawn(move || {
+        let (stream, _) = upload.accept().unwrap();
+        let sum = Command::new("md5sum").stdin(std::os::fd::OwnedFd::from(stream)).output().unwrap();
+        String::from_utf8(sum.stdout).unwrap()
+    });
+    let nat = nat();
+    let handle = nat.handle();
+    let root = Disk::open_read_only(guests.join("root.ext4")).unwrap();
+    let more = "root=/dev/vda ro vmnet=10.0.2.15/24 vmgw=10.0.2.2";
+    boot(&guests, more, Some(root), nat, move |script| {
+        let ask = |command: &str| ask(script, command);
+        let opened = ask(&format!(
+            "ulimit -n 4096; fds=(); for i in $(seq {COUNT}); do exec {{fd}}<>/dev/tcp/10.0.2.2/{crowd_port} || break; \
+             fds+=($fd); done; echo opened ${{#fds[@]}}"
+        ));
+        assert!(opened.contains(&format!("opened {COUNT}")), "{opened}");
+        all_there.wait();
+        let stats = handle.stats();
+        assert!(stats.flows >= COUNT as u64 && stats.evicted == 0, "{stats:?}");
+
+        let sum = ask(&format!(
+            "mount -t tmpfs tmpfs /tmp; seq 1000000 >/tmp/up; cat /tmp/up >/dev/tcp/10.0.2.2/{upload_port}; md5sum </tmp/up"
+        ));
+        let received = receiver.join().unwrap();
+        assert!(sum.contains(received.trim()), "{sum}, not {received}");
+
+        all_there.wait();
+        let begin = Instant::now();
+        let good = ask("for i in ${!fds[@]}; do echo $i >&${fds[i]}; done; good=0; for i in ${!fds[@]}; do \
+             read -r -u ${fds[i]} answer; [ \"$answer\" = $((7 * i + 1)) ] && good=$((good + 1)); done; echo good $good");
+        assert!(good.contains(&format!("good {COUNT}")), "{good}");
+        println!("answers on all of them took {:?}: {:?}", begin.elapsed(), handle.stats());
+        assert_eq!((handle.stats().malformed, handle.stats().evicted), (0, 0));
+    });
+    server.join().unwrap();
 }
