@@ -49,7 +49,8 @@ fn jobs(host: &Host, side: Side, machine: &Machine, table: &mut Table) -> Result
             "fio --minimal --name=j --filename=/dev/vdb --direct=1 --ioengine=libaio {words} --time_based \
              --runtime={SECONDS} --ramp_time=1 --gtod_reduce=1 --norandommap --thread | grep '^3;' | cut -d';' -f7,8,48,49"
         ))?;
-        let figures: Vec<f64> = answer.trim().split(';').filter_map(|figure| figure.parse().ok()).collect();
+        let line = answer.lines().find(|line| line.contains(';')).unwrap_or("");
+        let figures: Vec<f64> = line.trim().split(';').filter_map(|figure| figure.parse().ok()).collect();
         let &[read, reads, write, writes] = &figures[..] else {
             return Err(format!("fio {words}: {answer:?}").into());
         };

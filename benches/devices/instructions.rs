@@ -26,8 +26,8 @@ const ENTRIES: [&str; 2] = [
     "<vmdevices::virtio::mmio::VirtioMmio as devices::driver::Polled>::poll*",
 ];
 
-const FEW: u32 = 500;
-const MANY: u32 = 1500;
+const FEW: u32 = 200;
+const MANY: u32 = 600;
 
 const ROWS: [(&str, &str); 7] = [
     ("read", "virtio-blk, read 4 KiB"),

@@ -67,6 +67,8 @@ impl Host {
         let parent = if shm.is_dir() { shm.into() } else { std::env::temp_dir() };
         let scratch = parent.join(format!("vmcore-bench-{}", std::process::id()));
         std::fs::create_dir_all(&scratch)?;
+        // A copy: others may have the image open, and locked.
+        std::fs::copy(guests.join("disks.ext4"), scratch.join("root"))?;
         let vmrun = std::env::var_os("VMCORE_VMRUN").map_or_else(build_vmrun, |path| Ok(path.into()))?;
         Ok(Self { guests, scratch, vmrun, kvm })
     }
@@ -99,7 +101,7 @@ pub struct Machine {
 impl Machine {
     fn command(&self, host: &Host, side: Side) -> Command {
         let cloud = host.guests.join("cloud");
-        let (kernel, root) = (cloud.join("vmlinux"), host.guests.join("disks.ext4"));
+        let (kernel, root) = (cloud.join("vmlinux"), host.scratch.join("root"));
         let initrd = self.initrd.clone().unwrap_or_else(|| cloud.join("initrd.img"));
         let mut words = format!("console=ttyS0 panic=-1 quiet vmtest=shell {}", self.words);
         if self.root {
@@ -170,7 +172,8 @@ impl Machine {
         let mut session = Session { child, keys, parts, seen: Vec::new(), side };
         // What is typed before the shell's prompt may be lost.
         session.expect("# ")?;
-        session.type_line("stty -echo; PS1=; echo re''ady")?;
+        session
+            .type_line("stty -echo; PS1=; bind 'set enable-bracketed-paste off' 2>/dev/null; echo re''ady")?;
         session.expect("ready")?;
         Ok(session)
     }

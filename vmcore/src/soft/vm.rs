@@ -338,10 +338,6 @@ impl BackendVm for SoftVm {
         events.register(route)
     }
 
-    fn irq_events_pay(&self) -> bool {
-        false
-    }
-
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn BackendVcpu>> {
         if id >= MAX_VCPUS {
             return Err(Error::Config {

@@ -222,18 +222,12 @@ impl Machine {
         IrqLine::new(sink, gsi)
     }
 
-    /// An event that raises `route` when it is written: cheaper than a wire from an I/O thread, where
-    /// [`Machine::irq_events_pay`] says so.
+    /// An event that raises `route` when it is written: cheaper than a wire from an I/O thread.
     ///
     /// # Errors
     /// As [`BackendVm::irq_event`].
     pub fn irq_event(&self, route: IrqRoute) -> Result<Registration> {
         self.vm.irq_event(route)
-    }
-
-    /// Whether a device on an I/O thread had better interrupt by an event than by a wire.
-    pub fn irq_events_pay(&self) -> bool {
-        self.vm.irq_events_pay()
     }
 
     /// An event that a guest's write signals, instead of calling the device on the vCPU's thread.
