@@ -15,6 +15,7 @@ mod host;
 mod memory;
 mod net;
 mod outcome;
+mod plan;
 mod registers;
 mod runner;
 mod state;

@@ -55,12 +55,8 @@ impl Memory {
         let memory = self.open()?;
         // Before any memory of the host's is taken for it.
         if !memory.contains(GuestAddress(at), len as u64) {
-            return Err(memory.read(GuestAddress(at), &mut [0]).err().unwrap_or(MemoryError::NotMapped {
-                base: at,
-                len: len as u64,
-                mapped_end: memory.snapshot().find(GuestAddress(at)).and_then(|region| region.range().end()),
-            }))
-            .raise();
+            let mapped_end = memory.snapshot().find(GuestAddress(at)).and_then(|region| region.range().end());
+            return Err(MemoryError::NotMapped { base: at, len: len as u64, mapped_end }).raise();
         }
         PyBytes::new_with(py, len, |buffer| memory.read(GuestAddress(at), buffer).raise())
     }

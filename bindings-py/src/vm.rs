@@ -1,6 +1,5 @@
 //! Virtual machines.
 
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -8,23 +7,22 @@ use pyo3::exceptions::PyResourceWarning;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use vmcore::backend::BackendConfig;
-use vmcore::boot::Boot;
-use vmcore::cpuid::CpuModel;
 use vmcore::{Accel, Deterministic, GuestAddress, GuestMemory, MemoryRegion};
 use vmdevices::legacy::PowerButton;
 use vmdevices::{Pc, Rng};
 
 use crate::balloon::Balloon;
-use crate::boot::{self, Attachment, Image, Transport, virtio_attachment};
+use crate::boot::{self, Image, Transport, virtio_attachment};
 use crate::callback::{self, Sink};
 use crate::console::{Console, Destination, Talk};
-use crate::device::{Machine, PythonBus};
+use crate::device::PythonBus;
 use crate::disk::{Disk, Handle};
 use crate::error::{self, Raise};
 use crate::host::escape;
 use crate::memory::Memory;
 use crate::net::Net;
 use crate::outcome::Outcome;
+use crate::plan::{BalloonArg, DiskArg, NetArg, Plan, Size};
 use crate::runner::{Limit, Runner, Slot};
 use crate::state::Paused;
 use crate::stats::Stats;
@@ -130,102 +128,6 @@ impl Inner {
 pub fn close_all(py: Python<'_>) {
     let alive = std::mem::take(&mut *ALIVE.lock().unwrap_or_else(PoisonError::into_inner));
     py.detach(|| alive.iter().filter_map(Weak::upgrade).for_each(|inner| inner.close()));
-}
-
-/// A size: bytes, or a text like "512M".
-#[derive(FromPyObject)]
-enum Size {
-    Bytes(u64),
-    Text(String),
-}
-
-impl Size {
-    fn bytes(self) -> PyResult<u64> {
-        let text = match self {
-            Size::Bytes(bytes) => return Ok(bytes),
-            Size::Text(text) => text,
-        };
-        let shift = match text.as_bytes().last() {
-            Some(b'K' | b'k') => 10,
-            Some(b'M' | b'm') => 20,
-            Some(b'G' | b'g') => 30,
-            Some(b'T' | b't') => 40,
-            _ => 0,
-        };
-        let digits = if shift > 0 { &text[..text.len() - 1] } else { &text };
-        let bytes = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
-        bytes.ok_or_else(|| {
-            error::config("size of memory", text, "give bytes, or a number with K, M, G or T behind it")
-        })
-    }
-}
-
-#[derive(FromPyObject)]
-enum DiskArg {
-    Disk(Py<Disk>),
-    Path(PathBuf),
-}
-
-#[derive(FromPyObject)]
-enum NetArg {
-    Net(Py<Net>),
-    Name(String),
-}
-
-#[derive(FromPyObject)]
-enum BalloonArg {
-    Balloon(Py<Balloon>),
-    Wanted(bool),
-}
-
-/// All that the build needs, which happens without the GIL.
-struct Plan {
-    accel: Accel,
-    memory: u64,
-    cpus: u32,
-    cpu: CpuModel,
-    irqchip: bool,
-    acpi: bool,
-    tsc_khz: Option<u32>,
-    deterministic: Option<u64>,
-    boot: Option<Boot>,
-    pc: Option<Pc>,
-    attachments: Vec<Attachment>,
-    transport: Transport,
-    devices: Vec<Py<PyAny>>,
-}
-
-impl Plan {
-    fn build(self, sink: &Arc<Sink>) -> vmcore::Result<vmcore::Vm> {
-        let mut builder = vmcore::Vm::builder()
-            .accel(self.accel)
-            .memory(self.memory)
-            .cpus(self.cpus)
-            .cpu_model(self.cpu)
-            .irqchip(self.irqchip)
-            .acpi(self.acpi);
-        if let Some(khz) = self.tsc_khz {
-            builder = builder.tsc_khz(khz);
-        }
-        if let Some(seed) = self.deterministic {
-            builder = builder.deterministic(Deterministic::seeded(seed));
-        }
-        if let Some(boot) = self.boot {
-            builder = builder.boot(boot);
-        }
-        if let Some(pc) = self.pc {
-            builder = builder.attach(pc);
-        }
-        for attachment in self.attachments {
-            builder = attachment(builder, self.transport);
-        }
-        for device in self.devices {
-            let sink = sink.clone();
-            builder =
-                builder.attach(move |machine: &mut vmcore::Machine| Machine::attach(&device, machine, &sink));
-        }
-        builder.build()
-    }
 }
 
 impl Vm {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def usable() -> list[str]:
 def accel(request: pytest.FixtureRequest) -> str:
     """Each backend that runs small guests here."""
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def control_c() -> Iterator[None]:
+    """Ctrl-C is KeyboardInterrupt, also where a shell started the tests in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -50,19 +50,35 @@ def test_the_example_says_what_the_one_in_rust_says(tmp_path: Path) -> None:
     assert "vmcore-guest: root" in done.stdout
 
 
-def test_linux_boots_beside_a_loop(tmp_path: Path) -> None:
+class Seven(vmcore.VirtioDevice):
+    """An entropy source (virtio 1.2, section 5.4) that has no surprises."""
+
+    device_type = 4
+    queue_sizes = [8]
+    asked = 0
+
+    def handle(self, queue: int, request: bytes, room: int) -> bytes:
+        assert (queue, request) == (0, b"")
+        self.asked += room
+        return b"\x07" * room
+
+
+def test_linux_uses_a_device_in_python_beside_an_event_loop() -> None:
     cloud = guests() / "cloud"
+    device = Seven()
 
     async def main() -> vmcore.Outcome:
         async with vmcore.aio.Vm(
             kernel=cloud / "vmlinuz",
             initrd=cloud / "initrd.img",
-            cmdline="console=ttyS0 quiet vmtest=poweroff",
+            cmdline="console=ttyS0 quiet vmtest=devices",
             memory="256M",
             accel="soft",
+            devices=[device],
         ) as vm:
             vm.start()
-            await vm.console.expect("vmcore-guest: init", 240)
+            await vm.console.expect("hwrng virtio_rng.0 bytes=32", 240)
             return await vm.wait(120)
 
     assert asyncio.run(main()) == vmcore.Outcome.POWER_OFF
+    assert device.asked >= 32

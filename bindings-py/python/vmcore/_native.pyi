@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import Structure
 from os import PathLike
+from pathlib import Path
 from struct import Struct
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self, TypeAlias, TypeVar, final, overload
@@ -252,7 +253,7 @@ class Disk:
         queues: int | None = None,
     ) -> Self: ...
     @property
-    def path(self) -> Any: ...
+    def path(self) -> Path: ...
     @property
     def size(self) -> int: ...
     def resize(self, size: int) -> None: ...
