@@ -2164,7 +2164,7 @@ VMCORE_MUST_USE struct vmcore_error *vmcore_vm_instructions(const struct vmcore_
 void vmcore_vm_stop(const struct vmcore_vm *vm);
 
 /**
- * Presses the power button of a VM with a PC board; whether the guest has one and listens.
+ * Presses the power button of a VM with a PC board; whether it has one.
  */
 bool vmcore_vm_press_power_button(const struct vmcore_vm *vm);
 
