@@ -30,7 +30,8 @@ fn time(work: impl FnOnce()) -> Duration {
 
 fn python() {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/callbacks.py");
-    let importable = Command::new("python3").args(["-c", "import vmcore"]).output();
+    // A directory of that name would be imported too.
+    let importable = Command::new("python3").args(["-c", "import vmcore; vmcore.Vm"]).output();
     if !importable.is_ok_and(|output| output.status.success()) {
         println!("Python: skipped, there is no module vmcore");
         return;
