@@ -1,5 +1,5 @@
 # What README names. Everything goes through cargo; guests come from Debian packages.
-.PHONY: vmrun demo test bench fuzz guests lint unit docs boot python python-wheel soak clean-guests
+.PHONY: vmrun demo test bench fuzz guests lint unit docs c install python python-wheel boot soak clean-guests
 
 export VMCORE_GUESTS ?= $(CURDIR)/target/guests
 RIG := $(CURDIR)/examples/guest/rig
@@ -16,7 +16,7 @@ demo: guests vmrun
 	examples/guest/demo
 
 # Everything that must hold, fast to slow.
-test: lint unit docs boot python
+test: lint unit docs c python boot
 
 lint:
 	cargo fmt --all --check
@@ -35,6 +35,17 @@ unit:
 
 docs:
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+# libvmcore in C: header, tests under sanitizers and valgrind, examples built outside the tree.
+c:
+	cargo build -p vmcore-c
+	bindings-c/tests/run target/debug
+
+# libvmcore.so, libvmcore.a, vmcore.h, and what pkg-config and CMake need to find them.
+PREFIX ?= /usr/local
+install:
+	cargo build --release -p vmcore-c
+	bindings-c/install "$(PREFIX)" "$(DESTDIR)" target/release
 
 guests:
 	examples/guest/build cloud generic initrd-cloud initrd-generic initrd-rt initrd-i386 initrd-trixie \

@@ -15,12 +15,21 @@ fn program(build: &cc::Build, variable: &str, sources: &[&str], options: &[&str]
 }
 
 fn main() {
-    for source in ["raw.c", "raw.h", "raw_start.c", "rows.c", "stream.c"] {
+    for source in [
+        "callbacks.c",
+        "../bindings-c/include/vmcore.h",
+        "raw.c",
+        "raw.h",
+        "raw_start.c",
+        "rows.c",
+        "stream.c",
+    ] {
         println!("cargo:rerun-if-changed={source}");
     }
     let mut build = cc::Build::new();
     build.opt_level(2).warnings(true).extra_warnings(true);
     build.clone().file("raw.c").compile("raw");
+    build.clone().include("../bindings-c/include").file("callbacks.c").compile("callbacks");
     program(&build, "RAW_START", &["raw.c", "raw_start.c"], &[]);
     program(&build, "ROWS", &["rows.c"], &["-static"]);
     program(&build, "STREAM", &["stream.c"], &["-static"]);

@@ -1827,7 +1827,7 @@ uint32_t vmcore_vcpu_id(const struct vmcore_vcpu *vcpu);
 /**
  * Runs the guest on this thread; devices on the VM answer its I/O, and what none claims reads as ones.
  */
-VMCORE_MUST_USE struct vmcore_error *vmcore_vcpu_run(struct vmcore_vcpu *vcpu, struct vmcore_exit *out);
+VMCORE_MUST_USE struct vmcore_error *vmcore_vcpu_run(const struct vmcore_vcpu *vcpu, struct vmcore_exit *out);
 
 /**
  * Runs the guest on this thread; `io` answers all of its I/O, the VM's devices none. To stop from inside, kick
@@ -1843,7 +1843,7 @@ struct vmcore_error *vmcore_vcpu_run_with(const struct vmcore_vcpu *vcpu,
  * As vmcore_vcpu_run on a deterministic VM, for at most `count` instructions.
  */
 VMCORE_MUST_USE
-struct vmcore_error *vmcore_vcpu_run_instructions(struct vmcore_vcpu *vcpu,
+struct vmcore_error *vmcore_vcpu_run_instructions(const struct vmcore_vcpu *vcpu,
                                                   uint64_t count,
                                                   struct vmcore_exit *out);
 
@@ -1880,7 +1880,7 @@ struct vmcore_error *vmcore_vcpu_regs(const struct vmcore_vcpu *vcpu,
  * Sets what vmcore_vcpu_regs tells.
  */
 VMCORE_MUST_USE
-struct vmcore_error *vmcore_vcpu_set_regs(struct vmcore_vcpu *vcpu,
+struct vmcore_error *vmcore_vcpu_set_regs(const struct vmcore_vcpu *vcpu,
                                           const struct vmcore_regs *regs);
 
 /**
@@ -1894,14 +1894,14 @@ struct vmcore_error *vmcore_vcpu_sregs(const struct vmcore_vcpu *vcpu,
  * Sets what vmcore_vcpu_sregs tells.
  */
 VMCORE_MUST_USE
-struct vmcore_error *vmcore_vcpu_set_sregs(struct vmcore_vcpu *vcpu,
+struct vmcore_error *vmcore_vcpu_set_sregs(const struct vmcore_vcpu *vcpu,
                                            const struct vmcore_sregs *sregs);
 
 /**
  * Sets the vCPU to run 16-bit code at the address `at` below 1 MiB, with all segments there and a stack that
  * grows down from it.
  */
-VMCORE_MUST_USE struct vmcore_error *vmcore_vcpu_enter_real_mode(struct vmcore_vcpu *vcpu, uint64_t at);
+VMCORE_MUST_USE struct vmcore_error *vmcore_vcpu_enter_real_mode(const struct vmcore_vcpu *vcpu, uint64_t at);
 
 /**
  * Translates a guest virtual address; `mapped` tells whether anything is there.
@@ -1917,7 +1917,7 @@ struct vmcore_error *vmcore_vcpu_translate(const struct vmcore_vcpu *vcpu,
  * `dr`, DR0 to DR3 and DR7 in the hardware's layout; `dr` may be NULL.
  */
 VMCORE_MUST_USE
-struct vmcore_error *vmcore_vcpu_set_debug(struct vmcore_vcpu *vcpu,
+struct vmcore_error *vmcore_vcpu_set_debug(const struct vmcore_vcpu *vcpu,
                                            bool single_step,
                                            bool software_breakpoints,
                                            const uint64_t (*dr)[5]);
@@ -1925,12 +1925,12 @@ struct vmcore_error *vmcore_vcpu_set_debug(struct vmcore_vcpu *vcpu,
 /**
  * Raises a non-maskable interrupt.
  */
-VMCORE_MUST_USE struct vmcore_error *vmcore_vcpu_inject_nmi(struct vmcore_vcpu *vcpu);
+VMCORE_MUST_USE struct vmcore_error *vmcore_vcpu_inject_nmi(const struct vmcore_vcpu *vcpu);
 
 /**
  * Sets the frequency of the guest's TSC in kHz, before the first run.
  */
-VMCORE_MUST_USE struct vmcore_error *vmcore_vcpu_set_tsc_khz(struct vmcore_vcpu *vcpu, uint32_t khz);
+VMCORE_MUST_USE struct vmcore_error *vmcore_vcpu_set_tsc_khz(const struct vmcore_vcpu *vcpu, uint32_t khz);
 
 /**
  * How often the vCPU left the guest, by reason.
@@ -1950,7 +1950,7 @@ struct vmcore_error *vmcore_vcpu_save(const struct vmcore_vcpu *vcpu,
  * Takes over a state from vmcore_vcpu_save, of any backend.
  */
 VMCORE_MUST_USE
-struct vmcore_error *vmcore_vcpu_restore(struct vmcore_vcpu *vcpu,
+struct vmcore_error *vmcore_vcpu_restore(const struct vmcore_vcpu *vcpu,
                                          const struct vmcore_state *state);
 
 /**
@@ -2164,7 +2164,7 @@ VMCORE_MUST_USE struct vmcore_error *vmcore_vm_instructions(const struct vmcore_
 void vmcore_vm_stop(const struct vmcore_vm *vm);
 
 /**
- * Presses the power button of a VM with a PC board; whether the guest has one and listens.
+ * Presses the power button of a VM with a PC board; whether it has one.
  */
 bool vmcore_vm_press_power_button(const struct vmcore_vm *vm);
 

@@ -74,7 +74,7 @@ impl vmcore_error {
 
     /// As the engine sees it, where a callback of the program returned it.
     pub(crate) fn into_device_error(self: Box<Self>, id: &str) -> vmcore::Error {
-        vmcore::Error::device(id, self)
+        vmcore::Error::device(id, *self)
     }
 }
 
@@ -214,4 +214,19 @@ pub extern "C" fn vmcore_error_errno(error: Option<&vmcore_error>) -> i32 {
 #[unsafe(no_mangle)]
 pub extern "C" fn vmcore_error_delete(error: Option<Box<vmcore_error>>) {
     drop(error);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_test_in_c_can_reach_has_its_code_too() {
+        let refused: Box<vmcore_error> = vmcore::Error::EntryFailed { reason: 0x8000_0021 }.into();
+        assert_eq!(refused.code, VMCORE_ERROR_ENTRY_FAILED);
+        assert!(refused.fix.is_some_and(|fix| fix.to_str().unwrap().contains("EFER")));
+        let panicked = guard(|| panic!("on purpose")).unwrap();
+        assert_eq!(panicked.code, VMCORE_ERROR_PANIC);
+        assert!(panicked.to_string().contains("on purpose"));
+    }
 }

@@ -80,7 +80,7 @@ pub extern "C" fn vmcore_net_set_mac(
             let fix = "give the address of one card: 02:00:00:00:00:01";
             return Err(vmcore_error::argument("mac", format!("{mac:02x?}"), fix));
         }
-        net.net = Some(net.take()?.mac(mac.into())?);
+        net.net = Some(net.take()?.mac(mac)?);
         Ok(())
     })
 }

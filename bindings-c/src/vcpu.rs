@@ -129,7 +129,7 @@ pub extern "C" fn vmcore_vcpu_id(vcpu: Option<&vmcore_vcpu>) -> u32 {
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn vmcore_vcpu_run(
-    vcpu: Option<&mut vmcore_vcpu>,
+    vcpu: Option<&vmcore_vcpu>,
     out: Option<&mut MaybeUninit<vmcore_exit>>,
 ) -> Option<Box<vmcore_error>> {
     guard(|| {
@@ -178,7 +178,7 @@ pub extern "C" fn vmcore_vcpu_run_with(
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn vmcore_vcpu_run_instructions(
-    vcpu: Option<&mut vmcore_vcpu>,
+    vcpu: Option<&vmcore_vcpu>,
     count: u64,
     out: Option<&mut MaybeUninit<vmcore_exit>>,
 ) -> Option<Box<vmcore_error>> {
@@ -237,7 +237,7 @@ pub extern "C" fn vmcore_vcpu_regs(
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn vmcore_vcpu_set_regs(
-    vcpu: Option<&mut vmcore_vcpu>,
+    vcpu: Option<&vmcore_vcpu>,
     regs: Option<&vmcore_regs>,
 ) -> Option<Box<vmcore_error>> {
     guard(|| {
@@ -263,7 +263,7 @@ pub extern "C" fn vmcore_vcpu_sregs(
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn vmcore_vcpu_set_sregs(
-    vcpu: Option<&mut vmcore_vcpu>,
+    vcpu: Option<&vmcore_vcpu>,
     sregs: Option<&vmcore_sregs>,
 ) -> Option<Box<vmcore_error>> {
     guard(|| {
@@ -277,7 +277,7 @@ pub extern "C" fn vmcore_vcpu_set_sregs(
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn vmcore_vcpu_enter_real_mode(
-    vcpu: Option<&mut vmcore_vcpu>,
+    vcpu: Option<&vmcore_vcpu>,
     at: u64,
 ) -> Option<Box<vmcore_error>> {
     guard(|| Ok(need(vcpu, "vcpu")?.use_it("set registers")?.enter_real_mode(GuestAddress(at))?))
@@ -304,7 +304,7 @@ pub extern "C" fn vmcore_vcpu_translate(
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn vmcore_vcpu_set_debug(
-    vcpu: Option<&mut vmcore_vcpu>,
+    vcpu: Option<&vmcore_vcpu>,
     single_step: bool,
     software_breakpoints: bool,
     dr: Option<&[u64; 5]>,
@@ -320,17 +320,14 @@ pub extern "C" fn vmcore_vcpu_set_debug(
 /// Raises a non-maskable interrupt.
 #[unsafe(no_mangle)]
 #[must_use]
-pub extern "C" fn vmcore_vcpu_inject_nmi(vcpu: Option<&mut vmcore_vcpu>) -> Option<Box<vmcore_error>> {
+pub extern "C" fn vmcore_vcpu_inject_nmi(vcpu: Option<&vmcore_vcpu>) -> Option<Box<vmcore_error>> {
     guard(|| Ok(need(vcpu, "vcpu")?.use_it("inject an NMI")?.inject_nmi()?))
 }
 
 /// Sets the frequency of the guest's TSC in kHz, before the first run.
 #[unsafe(no_mangle)]
 #[must_use]
-pub extern "C" fn vmcore_vcpu_set_tsc_khz(
-    vcpu: Option<&mut vmcore_vcpu>,
-    khz: u32,
-) -> Option<Box<vmcore_error>> {
+pub extern "C" fn vmcore_vcpu_set_tsc_khz(vcpu: Option<&vmcore_vcpu>, khz: u32) -> Option<Box<vmcore_error>> {
     guard(|| Ok(need(vcpu, "vcpu")?.use_it("set the TSC's frequency")?.set_tsc_khz(khz)?))
 }
 
@@ -364,7 +361,7 @@ pub extern "C" fn vmcore_vcpu_save(
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn vmcore_vcpu_restore(
-    vcpu: Option<&mut vmcore_vcpu>,
+    vcpu: Option<&vmcore_vcpu>,
     state: Option<&vmcore_state>,
 ) -> Option<Box<vmcore_error>> {
     guard(|| {

@@ -332,7 +332,7 @@ pub extern "C" fn vmcore_virtio_delete(device: Option<Box<vmcore_virtio>>) {
     drop(device);
 }
 
-fn chain<'a>(request: Option<&'a mut vmcore_chain>) -> Result<(&'a mut Chain<'static>, &'a mut u32)> {
+fn chain(request: Option<&mut vmcore_chain>) -> Result<(&mut Chain<'static>, &mut u32)> {
     let request = need(request, "chain")?;
     // SAFETY: the chain lives during `serve`, on whose thread alone this is used.
     Ok((unsafe { request.chain.as_mut() }, &mut request.written))

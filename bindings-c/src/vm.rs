@@ -269,7 +269,7 @@ pub extern "C" fn vmcore_vm_stop(vm: Option<&vmcore_vm>) {
     }
 }
 
-/// Presses the power button of a VM with a PC board; whether the guest has one and listens.
+/// Presses the power button of a VM with a PC board; whether it has one.
 #[unsafe(no_mangle)]
 pub extern "C" fn vmcore_vm_press_power_button(vm: Option<&vmcore_vm>) -> bool {
     vm.and_then(|vm| vm.button.as_ref()).is_some_and(PowerButton::press)

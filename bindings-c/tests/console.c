@@ -18,7 +18,7 @@ static void run(vmcore_console *console) {
     OK(vmcore_builder_build(builder, &vm));
     OK(vmcore_vm_run(vm, &outcome));
     CHECK(outcome.kind == VMCORE_OUTCOME_EXIT && outcome.value == 0);
-    CHECK(!vmcore_vm_press_power_button(vm));
+    CHECK(vmcore_vm_press_power_button(vm));
     vmcore_vm_delete(vm);
 }
 

@@ -33,6 +33,8 @@ static void without_kvm(void) {
 }
 
 int main(void) {
+    /* First: what the parent has is not lost in the child. */
+    without_kvm();
     vmcore_vcpu *vcpu = NULL;
     vmcore_vm *vm = bare(HLT, sizeof HLT, &vcpu);
     vmcore_outcome outcome;
@@ -53,7 +55,6 @@ int main(void) {
     error = vmcore_console_file("/no/such/directory/file", false, &console);
     CHECK(vmcore_error_errno(error) == ENOENT);
     FAILS(VMCORE_ERROR_OS, error);
-    without_kvm();
     /* jmp 0x3000:0, where no memory is */
     static const uint8_t AWAY[] = {0xea, 0, 0, 0, 0x30};
     vmcore_vcpu *lost = NULL;
