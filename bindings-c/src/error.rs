@@ -73,8 +73,8 @@ impl vmcore_error {
     }
 
     /// As the engine sees it, where a callback of the program returned it.
-    pub(crate) fn into_device_error(self: Box<Self>, id: &str) -> vmcore::Error {
-        vmcore::Error::device(id, *self)
+    pub(crate) fn into_device_error(self, id: &str) -> vmcore::Error {
+        vmcore::Error::device(id, self)
     }
 }
 
