@@ -102,6 +102,7 @@ pub mod paravirtual;
 pub mod pci;
 pub mod rate;
 mod saved;
+mod timer;
 mod unix_socket;
 pub mod virtio;
 

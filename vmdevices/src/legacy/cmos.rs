@@ -2,13 +2,9 @@
 //! Clock").
 
 use std::fmt;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
-};
 use serde::{Deserialize, Serialize};
 use vmcore::boot::acpi::{AcpiDevice, AcpiHid, AcpiResource};
 use vmcore::{Attach, BusDevice, Error, EventSet, GuestMemory, IoThread, IrqLine, Machine, Result};
@@ -16,6 +12,7 @@ use vmcore::{Attach, BusDevice, Error, EventSet, GuestMemory, IoThread, IrqLine,
 use super::registers;
 use super::rtc::Rtc;
 use crate::saved;
+use crate::timer::Timer;
 
 const PORT: u16 = 0x70;
 const PORTS: u16 = 2;
@@ -66,15 +63,16 @@ impl Cmos {
         let served = Arc::downgrade(&device);
         let settle = move || served.upgrade().into_iter().for_each(|device| lock(&device).settle());
         if let Some(timer) = machine.timer(settle) {
-            lock(&device).timer = Some(Timer::Machine(timer, time));
+            lock(&device).timer = Some(Alarm::Machine(timer, time));
         }
         if let Some(thread) = thread {
-            let timer = timer()?;
-            lock(&device).timer = Some(Timer::Host(timer.clone()));
+            let timer = Timer::new().map_err(|e| Error::os("timerfd_create", WHAT, e))?;
+            lock(&device).timer = Some(Alarm::Host(timer.clone()));
             let served = device.clone();
-            let watch = thread.watch(timer, EventSet::IN | EventSet::EDGE_TRIGGERED, move |_| {
-                lock(&served).settle();
-            })?;
+            let watch =
+                thread.watch(Arc::new(timer), EventSet::IN | EventSet::EDGE_TRIGGERED, move |_| {
+                    lock(&served).settle();
+                })?;
             machine.keep(watch);
         }
         machine.ports(PORT, PORTS, device)?;
@@ -111,13 +109,6 @@ impl Attach for Cmos {
     }
 }
 
-fn timer() -> Result<Arc<OwnedFd>> {
-    // Relative times on a clock that nobody sets; NONBLOCK, as nobody reads it.
-    let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-    let timer = timerfd_create(TimerfdClockId::Monotonic, flags);
-    Ok(Arc::new(timer.map_err(|e| Error::os("timerfd_create", WHAT, e))?))
-}
-
 /// Where memory begins and ends, in bytes.
 fn ram(memory: &GuestMemory) -> Vec<(u64, u64)> {
     memory.ranges().iter().map(|range| (range.base, range.base.saturating_add(range.len))).collect()
@@ -133,13 +124,13 @@ struct Device {
     state: State,
     clock: Clock,
     irq: IrqLine,
-    timer: Option<Timer>,
+    timer: Option<Alarm>,
 }
 
 /// What wakes the device.
-enum Timer {
+enum Alarm {
     /// For an I/O thread that waits for it.
-    Host(Arc<OwnedFd>),
+    Host(Timer),
     /// In the time of a deterministic machine.
     Machine(vmcore::Timer, vmcore::Clock),
 }
@@ -190,22 +181,13 @@ impl Device {
         let next = if interrupt { None } else { self.state.rtc.next_event(now) };
         let wait = next.map(|at| at.saturating_sub(now).max(SHORTEST));
         match timer {
-            Timer::Host(timer) => arm(timer, wait.unwrap_or(Duration::ZERO)),
-            Timer::Machine(timer, clock) => timer.set(wait.map(|wait| clock.now().saturating_add(wait))),
+            Alarm::Host(timer) => {
+                if let Err(e) = wait.map_or_else(|| timer.stop(), |wait| timer.set(wait)) {
+                    log::error!("the real-time clock does not interrupt: timerfd_settime: {e}");
+                }
+            }
+            Alarm::Machine(timer, clock) => timer.set(wait.map(|wait| clock.now().saturating_add(wait))),
         }
-    }
-}
-
-/// Has the host's timer ring once after `wait`; never where that is zero.
-fn arm(timer: &OwnedFd, wait: Duration) {
-    let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-    let it_value = Timespec {
-        tv_sec: wait.as_secs().try_into().unwrap_or(i64::MAX),
-        tv_nsec: wait.subsec_nanos().into(),
-    };
-    let spec = Itimerspec { it_interval: zero, it_value };
-    if let Err(e) = timerfd_settime(timer, TimerfdTimerFlags::empty(), &spec) {
-        log::error!("the real-time clock does not interrupt: timerfd_settime: {e}");
     }
 }
 
@@ -319,11 +301,11 @@ mod tests {
         let host = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
         let device = Arc::new(Mutex::new(Device::new(Box::new(host), irq)));
         let thread = IoThread::new("rtc").unwrap();
-        let timer = timer().unwrap();
-        lock(&device).timer = Some(Timer::Host(timer.clone()));
+        let timer = Timer::new().unwrap();
+        lock(&device).timer = Some(Alarm::Host(timer.clone()));
         let served = device.clone();
         let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        let _watch = thread.watch(timer, events, move |_| lock(&served).settle()).unwrap();
+        let _watch = thread.watch(Arc::new(timer), events, move |_| lock(&served).settle()).unwrap();
         let next = || rings.recv_timeout(Duration::from_secs(20)).unwrap();
 
         lock(&device).write(0, &[0x0b, 0x42]);

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use vmcore::{Error, EventSet, Result};
 
-use super::wait::{Timer, Wait};
+use super::wait::Wait;
 use super::{HEADER, NetBackend, forward};
 use crate::buffers::Buffers;
 use crate::rate::{Rate, TokenBucket};
+use crate::timer::Timer;
 
 /// Most of a second that is waited for at once, so that timers do not ring for each packet.
 const GRAIN: Duration = Duration::from_millis(1);
@@ -77,7 +78,7 @@ impl Limiter {
             let events = if backend.holds_back() { EventSet::IN | EventSet::OUT } else { EventSet::IN };
             wait.add(source.as_raw_fd(), events).map_err(os)?;
         }
-        let timers = [Timer::new(&wait).map_err(os)?, Timer::new(&wait).map_err(os)?];
+        let timers = [wait.timer().map_err(os)?, wait.timer().map_err(os)?];
         Ok(Limited { backend, limiter: self.clone(), wait, timers, _source: source })
     }
 

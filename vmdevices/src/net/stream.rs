@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use rustix::net::SendFlags;
 use vmcore::{Error, EventSet, Result};
 
-use super::wait::{Timer, Wait};
+use super::wait::Wait;
 use super::{HEADER, MOST_PACKET, NetBackend, deliver};
 use crate::buffers::Buffers;
+use crate::timer::Timer;
 use crate::unix_socket::Listener;
 
 /// Bytes in front of each frame.
@@ -115,7 +116,7 @@ impl Stream {
         if let Peers::Listen(listener) = &peers {
             wait.add(listener.socket.as_raw_fd(), EventSet::IN).map_err(os)?;
         }
-        let timer = Timer::new(&wait).map_err(os)?;
+        let timer = wait.timer().map_err(os)?;
         let mut this = Self {
             peers,
             socket: None,

@@ -1,16 +1,14 @@
 //! virtio-rng: the host's random numbers (virtio 1.2, section 5.4).
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 
 use vmcore::{Entropy, Error, EventSet, GuestMemory, Machine, Result};
 
 use super::device::{Activation, DeviceType, Progress, Source, VirtioDevice, Worker};
 use super::queue::{QueueError, VirtQueue};
 use crate::rate::TokenBucket;
+use crate::timer::Timer;
 
 /// Requests served before others have a turn.
 const TURN: usize = 16;
@@ -75,16 +73,15 @@ impl VirtioDevice for Rng {
 struct Limit {
     bucket: TokenBucket,
     begin: Instant,
-    timer: Arc<OwnedFd>,
+    timer: Timer,
 }
 
 impl Limit {
     fn new(bytes: u64, period: Duration) -> Result<Self> {
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-        let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags)
-            .map_err(|e| Error::os("timerfd_create", "limit of the entropy source", e))?;
+        let timer =
+            Timer::new().map_err(|e| Error::os("timerfd_create", "limit of the entropy source", e))?;
         let bucket = TokenBucket::new(bytes, period);
-        Ok(Self { bucket, begin: Instant::now(), timer: Arc::new(timer) })
+        Ok(Self { bucket, begin: Instant::now(), timer })
     }
 
     /// How many of `most` bytes may be given now. Where none may, the timer is set.
@@ -95,19 +92,11 @@ impl Limit {
         match self.bucket.take(some, now) {
             Ok(()) => usize::try_from(some).unwrap_or(0),
             Err(wait) => {
-                self.wake_after(wait);
+                if let Err(error) = self.timer.set(wait) {
+                    log::error!("virtio-rng: the guest waits: timerfd_settime: {error}");
+                }
                 0
             }
-        }
-    }
-
-    fn wake_after(&self, wait: Duration) {
-        // No time at all would switch it off.
-        let it_value = Timespec::try_from(wait.max(Duration::from_nanos(1)))
-            .unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
-        let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
-        if let Err(error) = rustix::time::timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once) {
-            log::error!("virtio-rng: the guest waits: timerfd_settime: {error}");
         }
     }
 }
@@ -181,13 +170,10 @@ impl Worker for RngWorker {
 
     fn sources(&self) -> Vec<Source> {
         let timer = self.limit.iter().map(|limit| limit.timer.clone());
-        timer.map(|fd| Source { fd, events: EventSet::IN }).collect()
+        timer.map(|timer| Source { fd: Arc::new(timer), events: EventSet::IN }).collect()
     }
 
     fn ready(&mut self, _: usize) -> Result<Progress, QueueError> {
-        if let Some(limit) = &self.limit {
-            rustix::io::read(&limit.timer, &mut [0; 8]).ok();
-        }
         self.serve()
     }
 }

@@ -1,28 +1,24 @@
 //! When flows want to be looked at: many deadlines, one timer.
 
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Instant;
 
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
-};
+use crate::timer::Timer;
 
 /// Deadlines of things that `T` names. A thing whose deadline moves back stays where it is, and its
 /// owner puts it in again when it comes up too early: so that a flow that is busy costs nothing here.
 #[derive(Debug)]
 pub(super) struct Timers<T: Ord> {
     deadlines: BTreeSet<(Instant, T)>,
-    timer: OwnedFd,
+    timer: Timer,
     /// What the timer is set to.
     armed: Option<Instant>,
 }
 
 impl<T: Ord + Copy> Timers<T> {
     pub(super) fn new() -> std::io::Result<Self> {
-        let timer =
-            timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
-        Ok(Self { deadlines: BTreeSet::new(), timer, armed: None })
+        Ok(Self { deadlines: BTreeSet::new(), timer: Timer::new()?, armed: None })
     }
 
     /// What is readable when [`Timers::due`] has something.
@@ -59,15 +55,8 @@ impl<T: Ord + Copy> Timers<T> {
         if self.armed.is_some_and(|armed| armed <= *first) {
             return;
         }
-        let wait = first.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
-        let it_value = Timespec {
-            tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: wait.subsec_nanos().into(),
-        };
-        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let value = Itimerspec { it_interval: zero, it_value };
-        match timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &value) {
-            Ok(_) => self.armed = Some(*first),
+        match self.timer.set(first.saturating_duration_since(Instant::now())) {
+            Ok(()) => self.armed = Some(*first),
             Err(error) => log::error!("NAT: timerfd_settime: {error}"),
         }
     }
@@ -75,6 +64,10 @@ impl<T: Ord + Copy> Timers<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use rustix::time::Timespec;
+
     use super::*;
 
     #[test]
