@@ -375,6 +375,11 @@ impl VirtQueue {
         self.push(map, last.0, last.1)
     }
 
+    /// How many requests were given back that the driver has not been told of.
+    pub fn untold(&self) -> u16 {
+        self.queue.next_used().wrapping_sub(self.signalled.0)
+    }
+
     /// Tells the driver about what was given back since the last time, if it wants to know.
     ///
     /// # Errors

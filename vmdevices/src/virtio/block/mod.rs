@@ -5,6 +5,7 @@
 //! slow disk holds up neither a vCPU nor the thread that serves it. Where the machine is deterministic
 //! requests end in the call that takes them.
 
+mod coalesce;
 mod handle;
 mod on_error;
 mod request;

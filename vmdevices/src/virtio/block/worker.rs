@@ -3,19 +3,20 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 use vmcore::memory::MemoryMap;
 use vmcore::{Error, EventSet, GuestMemory, Result};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::coalesce::{Coalescing, Verdict};
 use super::request::{Ended, Failure, Job, Op, Parsed, Part, Rules};
 use super::{CacheMode, OnError, QUEUE_SIZE, Settings, Shared};
 use crate::block::{Ring, Transfer, count};
+use crate::timer::Timer;
 use crate::virtio::device::{Progress, Source, Worker};
 use crate::virtio::queue::{QueueError, VirtQueue};
 
@@ -69,7 +70,11 @@ enum Engine {
 struct Aside {
     ring: Kernel,
     results: Arc<Results>,
-    timer: Arc<OwnedFd>,
+    /// Rings when the disk's limits let more be done.
+    limits: Timer,
+    coalescing: Coalescing,
+    /// Rings when answers have waited long enough.
+    answers: Timer,
 }
 
 /// The kernel's part. A ring is made when the first request comes: most queues of a disk with many never
@@ -115,34 +120,40 @@ impl DiskWorker {
         })
     }
 
-    /// Takes requests as far as there are any and it may.
+    /// Takes requests as far as there are any and it may, and tells the driver what has become of them.
     fn process(&mut self) -> Result<Progress, QueueError> {
         let map = self.memory.snapshot();
-        self.answer(&map)?;
         let mut taken = 0;
+        let progress = self.take(&map, &mut taken)?;
+        self.tell(&map, progress, taken > 0)?;
+        Ok(progress)
+    }
+
+    fn take(&mut self, map: &Arc<MemoryMap>, taken: &mut usize) -> Result<Progress, QueueError> {
+        self.answer(map)?;
         let Some(queue) = self.queues.first_mut() else { return Ok(Progress::Idle) };
-        queue.disable_notifications(&map)?;
+        queue.disable_notifications(map)?;
         // Where the VM is about to stop, the rest waits for its next run.
         while self.shared.stopped().is_none() {
-            let more = self.fill_plug(&map, &mut taken)?;
+            let more = self.fill_plug(map, taken)?;
             self.start();
-            self.answer(&map)?;
+            self.answer(map)?;
             let Some(queue) = self.queues.first_mut() else { return Ok(Progress::Idle) };
             match more {
-                Take::Some if taken >= TURN => return Ok(Progress::More),
+                Take::Some if *taken >= TURN => return Ok(Progress::More),
                 Take::Some => {}
                 // Those that ended at once made room.
                 Take::Full if self.in_flight < usize::from(queue.size()) => {}
                 // Goes on with the next result, or when the timer rings.
                 Take::Full | Take::Held => break,
                 Take::None => {
-                    if !queue.enable_notifications(&map)? {
+                    if !queue.enable_notifications(map)? {
                         break;
                     }
-                    queue.disable_notifications(&map)?;
+                    queue.disable_notifications(map)?;
                     // Counts as one, or a driver that takes requests back could keep this going for
                     // ever.
-                    taken += 1;
+                    *taken += 1;
                 }
             }
         }
@@ -211,7 +222,7 @@ impl DiskWorker {
         }
     }
 
-    /// Gives back what has ended, and tells the driver.
+    /// Gives back what has ended. The driver finds it if it looks; to be told it waits for [`DiskWorker::tell`].
     fn answer(&mut self, map: &MemoryMap) -> Result<(), QueueError> {
         if let Engine::Aside(aside) = &mut self.engine {
             aside.collect(&mut self.ended, &self.shared);
@@ -238,6 +249,26 @@ impl DiskWorker {
                 let written = part.answer.end(&job.map, &job.op, &result);
                 queue.push(map, part.head, written)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Tells the driver of what was given back, or leaves it for a later call.
+    fn tell(&mut self, map: &MemoryMap, progress: Progress, added: bool) -> Result<(), QueueError> {
+        let Some(queue) = self.queues.first_mut() else { return Ok(()) };
+        if let Engine::Aside(aside) = &mut self.engine {
+            let untold = queue.untold();
+            // Where the VM is about to stop nobody may ask again.
+            let at_once = progress == Progress::More || self.shared.stopped().is_some();
+            match aside.coalescing.judge(untold, added, Instant::now()) {
+                Verdict::Waiting if !at_once => return Ok(()),
+                Verdict::Wait(wait) if !at_once => match aside.answers.set(wait) {
+                    Ok(()) => return Ok(()),
+                    Err(error) => log::warn!("a disk tells of each answer: timerfd_settime: {error}"),
+                },
+                _ => {}
+            }
+            aside.coalescing.told();
         }
         queue.signal(map)
     }
@@ -269,11 +300,15 @@ impl Aside {
     fn new() -> Result<Self> {
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
             .map_err(|error| Error::os("eventfd", "a disk's results", error))?;
-        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
-        let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags)
-            .map_err(|error| Error::os("timerfd_create", "a disk's limits", io::Error::from(error)))?;
+        let timer = || Timer::new().map_err(|error| Error::os("timerfd_create", "a disk", error));
         let results = Arc::new(Results { ended: Mutex::default(), arrived: Condvar::new(), event });
-        Ok(Self { ring: Kernel::NotAsked, results, timer: Arc::new(timer) })
+        Ok(Self {
+            ring: Kernel::NotAsked,
+            results,
+            limits: timer()?,
+            coalescing: Coalescing::new(),
+            answers: timer()?,
+        })
     }
 
     /// Has `job` done by the kernel if it can, by the disk's threads otherwise.
@@ -342,13 +377,7 @@ impl Aside {
 
     /// Has the worker called again after a while.
     fn wake_in(&self, wait: Duration) {
-        let wait = wait.max(Duration::from_micros(1));
-        let it_value = Timespec {
-            tv_sec: wait.as_secs().try_into().unwrap_or(i64::MAX),
-            tv_nsec: wait.subsec_nanos().into(),
-        };
-        let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
-        if let Err(error) = rustix::time::timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once) {
+        if let Err(error) = self.limits.set(wait) {
             log::error!("a disk's requests wait for ever: timerfd_settime: {error}");
         }
     }
@@ -366,10 +395,11 @@ impl Worker for DiskWorker {
     fn sources(&self) -> Vec<Source> {
         match &self.engine {
             Engine::Here => Vec::new(),
-            Engine::Aside(Aside { results, timer, .. }) => vec![
-                Source { fd: Arc::new(Fd(results.clone())), events: EventSet::IN },
-                Source { fd: timer.clone(), events: EventSet::IN },
-            ],
+            Engine::Aside(Aside { results, limits, answers, .. }) => {
+                let fds: [Arc<dyn AsRawFd + Send + Sync>; 3] =
+                    [Arc::new(Fd(results.clone())), Arc::new(limits.clone()), Arc::new(answers.clone())];
+                fds.map(|fd| Source { fd, events: EventSet::IN }).into()
+            }
         }
     }
 
@@ -377,6 +407,7 @@ impl Worker for DiskWorker {
         self.process()
     }
 
+    // An error says that the ring's memory is gone: there is nobody to answer to.
     fn drain(&mut self) {
         let map = self.memory.snapshot();
         self.start();
@@ -390,9 +421,15 @@ impl Worker for DiskWorker {
                 return;
             }
             while !self.ended.is_empty() {
-                // An error says that the ring's memory is gone: there is nobody to answer to.
                 let _ = self.answer(&map);
             }
+        }
+        // What waits for company is not part of the state.
+        if let Some(queue) = self.queues.first_mut() {
+            let _ = queue.signal(&map);
+        }
+        if let Engine::Aside(aside) = &mut self.engine {
+            aside.coalescing.told();
         }
     }
 }
