@@ -131,6 +131,11 @@ pub(super) const LAPIC: &[Feature] = features! {
     0x4000_0001 [0] Eax: pv_eoi 6, pv_unhalt 7, pv_send_ipi 11, pv_sched_yield 13;
 };
 
+/// What has a guest make hypercalls.
+pub(super) const HYPERCALLS: &[Feature] = features! {
+    0x4000_0001 [0] Eax: pv_unhalt 7, pv_send_ipi 11, pv_sched_yield 13;
+};
+
 /// Asynchronous page faults, by which KVM makes guests wait for what the host swaps: the
 /// guest would have to be told of each fault by memory that snapshots do not know.
 pub(super) const ASYNC_PF: &[Feature] = features! {

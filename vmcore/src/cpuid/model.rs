@@ -176,6 +176,29 @@ impl Cpuid {
         })
     }
 
+    /// Checks that KVM on a processor of `host`'s vendor can serve a guest's hypercalls: VMCALL is Intel's
+    /// instruction and VMMCALL AMD's, and a kernel has one of them in its code. KVM replaces the wrong one when
+    /// it meets it, by a write at the guest's privilege: kernels write-protect their code, so the guest gets
+    /// a page fault in the middle of a wake-up.
+    ///
+    /// # Errors
+    /// [`Error::State`], naming the features that make the guest call.
+    pub(crate) fn check_hypercalls(&self, host: &Cpuid) -> Result<()> {
+        if self.is_amd() == host.is_amd() {
+            return Ok(());
+        }
+        let calls: Vec<_> = feature::HYPERCALLS.iter().filter(|f| f.is_in(self)).map(|f| f.name).collect();
+        if calls.is_empty() {
+            return Ok(());
+        }
+        let vendor = |amd| if amd { "AMD" } else { "Intel" };
+        Err(Error::State {
+            what: "the CPU that the guest was shown",
+            expected: format!("{}'s, or none of the features that need hypercalls", vendor(host.is_amd())),
+            found: format!("{}'s, with {}", vendor(self.is_amd()), calls.join(", ")),
+        })
+    }
+
     /// Clears the bits of `features`.
     fn clear(&mut self, features: &[Feature]) {
         for feature in features {
@@ -411,6 +434,24 @@ mod tests {
         assert!(leaf(CpuModel::V4, 9).is_none(), "protection keys are in no level");
         // XSAVES and its supervisor components are left out.
         assert_eq!(leaf(CpuModel::V4, 1).map(|e| (e.eax, e.ecx)), Some((7, 0)));
+    }
+
+    #[test]
+    fn a_guest_that_calls_stays_with_its_vendor() {
+        let [intel, amd] = [b"GenuineIntel", b"AuthenticAMD"].map(everything);
+        for (guest, other) in [(&intel, &amd), (&amd, &intel)] {
+            guest.check_hypercalls(guest).unwrap();
+            let error = guest.check_hypercalls(other).unwrap_err().to_string();
+            assert!(
+                ["pv_unhalt", "pv_send_ipi", "pv_sched_yield", "AMD's", "Intel's"]
+                    .iter()
+                    .all(|w| error.contains(w)),
+                "{error}"
+            );
+            let mut silent = guest.clone();
+            silent.clear(feature::HYPERCALLS);
+            silent.check_hypercalls(other).unwrap();
+        }
     }
 
     #[test]

@@ -142,7 +142,9 @@ impl KvmVcpu {
             );
         }
         if !state.cpuid.entries().is_empty() && state.cpuid != self.cpuid {
-            state.cpuid.check_offered_by(&self.vm.system.supported_cpuid()?)?;
+            let host = self.vm.system.supported_cpuid()?;
+            state.cpuid.check_offered_by(&host)?;
+            state.cpuid.check_hypercalls(&host)?;
         }
         let (room, len) = (self.vm.xsave_size.bytes(), state.xsave.len());
         if state.xsave.get(room..).is_some_and(|beyond| beyond.iter().any(|&b| b != 0)) {
