@@ -80,10 +80,10 @@ $(VENV)/ready: bindings-py/pyproject.toml
 
 python: guests $(VENV)/ready
 	cd bindings-py && VIRTUAL_ENV=$(VENV) $(VENV)/bin/maturin develop --quiet
-	cd bindings-py && $(VENV)/bin/mypy python/vmcore tests examples ../benches/callbacks.py
+	cd bindings-py && $(VENV)/bin/mypy python/vmcore tests ../examples/*.py ../benches/callbacks.py
 	cd bindings-py && $(VENV)/bin/python -m mypy.stubtest vmcore --mypy-config-file pyproject.toml \
 	  --allowlist tests/stubtest-allow.txt --ignore-unused-allowlist
-	cd bindings-py && $(VENV)/bin/basedpyright --level error --pythonpath $(VENV)/bin/python python/vmcore examples
+	cd bindings-py && $(VENV)/bin/basedpyright --level error --pythonpath $(VENV)/bin/python python/vmcore ../examples/*.py
 	cd bindings-py && VMCORE_REQUIRE_BOOT=1 $(VENV)/bin/pytest -q
 
 # As pip builds it: the wheel and the source distribution, in target/wheels.

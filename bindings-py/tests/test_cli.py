@@ -14,7 +14,7 @@ from conftest import EXIT_7, LOOP, SERIAL
 import vmcore
 from vmcore import cli
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -102,10 +102,9 @@ def test_options_become_devices(tmp_path: Path) -> None:
     assert status == 15
 
 
-@pytest.mark.parametrize(
-    ("name", "output"), [("hello_vcpu", "Hello from a vCPU!\n"), ("custom_device", "10 + 9 + ... + 1 = 55\n")]
-)
-def test_the_examples_say_what_those_in_rust_say(name: str, output: str) -> None:
+@pytest.mark.parametrize("name", ["hello_vcpu", "custom_device"])
+def test_the_examples_print_what_those_in_rust_and_c_print(name: str) -> None:
+    output = (EXAMPLES / f"{name}.out").read_text()
     done = subprocess.run(
         [sys.executable, EXAMPLES / f"{name}.py"], capture_output=True, text=True, timeout=60, check=False
     )
