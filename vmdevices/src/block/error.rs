@@ -117,9 +117,24 @@ pub enum DiskError {
     },
 }
 
+impl DiskError {
+    /// What to do about it, where the text says so: the part that does.
+    pub fn fix(&self) -> Option<&str> {
+        match self {
+            Self::Open { fix, .. } | Self::Locked { fix, .. } => Some(fix),
+            Self::Image { what, .. } | Self::Resize { what, .. } => what.split_once("; ").map(|(_, fix)| fix),
+            Self::Backing { .. } => Some("name it (Image::backing, or backing=FILE)"),
+            Self::Extent { .. } => Some("name it (Image::extent, or extent=FILE)"),
+            Self::Direct { .. } => Some("leave out \"direct\""),
+            Self::Kind { .. } | Self::Empty { .. } | Self::Guess { .. } | Self::Id { .. } => None,
+        }
+    }
+}
+
 impl From<DiskError> for vmcore::Error {
     fn from(error: DiskError) -> Self {
-        vmcore::Error::device("disk", error)
+        let fix = error.fix().map(str::to_owned);
+        vmcore::Error::device("disk", error).with_fix(fix)
     }
 }
 

@@ -121,9 +121,25 @@ pub enum TapError {
     },
 }
 
+impl TapError {
+    /// What to do about it, where the text says so and no name is in it: the part that does.
+    pub fn fix(&self) -> Option<&str> {
+        match self {
+            Self::Driver { .. } => Some(
+                "load the module (modprobe tun), and have the device node passed into the container or readable by this user",
+            ),
+            Self::Name { .. } => Some("give 1 to 15 bytes without '/', '%' and spaces"),
+            Self::Busy { .. } => Some("take another name"),
+            Self::Queues { .. } => Some("give 1 to 256"),
+            Self::Permission { .. } | Self::Unsuitable { .. } | Self::Host { .. } => None,
+        }
+    }
+}
+
 impl From<TapError> for vmcore::Error {
     fn from(error: TapError) -> Self {
-        vmcore::Error::device("tap", error)
+        let fix = error.fix().map(str::to_owned);
+        vmcore::Error::device("tap", error).with_fix(fix)
     }
 }
 

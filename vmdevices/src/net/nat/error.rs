@@ -52,6 +52,17 @@ pub enum NatError {
 }
 
 impl NatError {
+    /// What to do about it: the part of the text that says so.
+    pub fn fix(&self) -> &str {
+        match self {
+            Self::Host { .. } => "raise the limit of open files (ulimit -n) if it is reached",
+            Self::Bind { .. } => {
+                "take a port that is free (and above 1023 without privileges) and an address of this host"
+            }
+            Self::Text { fix, .. } | Self::Setting { fix, .. } => fix,
+        }
+    }
+
     pub(super) fn text(what: &'static str, value: String, fix: &'static str) -> Self {
         Self::Text { what, value, fix }
     }
@@ -59,6 +70,7 @@ impl NatError {
 
 impl From<NatError> for vmcore::Error {
     fn from(error: NatError) -> Self {
-        vmcore::Error::device("NAT", error)
+        let fix = error.fix().to_owned();
+        vmcore::Error::device("NAT", error).with_fix(Some(fix))
     }
 }
