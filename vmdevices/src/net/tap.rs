@@ -403,6 +403,26 @@ mod tests {
     }
 
     #[test]
+    fn what_to_do_is_the_end_of_the_text_and_a_part_of_the_engines_error() {
+        let source = || io::Error::from_raw_os_error(libc::ENOENT);
+        let name = || String::from("tap0");
+        for (error, known) in [
+            (TapError::Driver { source: source() }, true),
+            (TapError::Name { name: name() }, true),
+            (TapError::Permission { name: name(), flags: "" }, false),
+            (TapError::Busy { name: name() }, true),
+            (TapError::Queues { queues: 0 }, true),
+            (TapError::Unsuitable { name: name(), source: source() }, false),
+            (TapError::Host { op: "TUNSETOFFLOAD", name: name(), source: source() }, false),
+        ] {
+            let (text, fix) = (error.to_string(), error.fix().map(str::to_owned));
+            assert_eq!(fix.is_some(), known, "{text}");
+            assert!(fix.as_ref().is_none_or(|fix| text.ends_with(fix.as_str())), "{text}: {fix:?}");
+            assert_eq!(vmcore::Error::from(error).fix(), fix.as_deref());
+        }
+    }
+
+    #[test]
     fn a_descriptor_that_is_no_tap_is_refused() {
         let file = tempfile::tempfile().unwrap();
         assert!(matches!(Tap::from_fd(file.into()), Err(TapError::Unsuitable { .. })));

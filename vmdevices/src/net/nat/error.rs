@@ -74,3 +74,24 @@ impl From<NatError> for vmcore::Error {
         vmcore::Error::device("NAT", error).with_fix(Some(fix))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_to_do_is_the_end_of_the_text_and_a_part_of_the_engines_error() {
+        let source = || io::Error::from_raw_os_error(libc::EMFILE);
+        let bind = SocketAddr::from(([127, 0, 0, 1], 80));
+        for error in [
+            NatError::Host { op: "epoll_create", source: source() },
+            NatError::Bind { protocol: Protocol::Tcp, bind, source: source() },
+            NatError::text("a port", "x".into(), "give a number"),
+            NatError::Setting { what: "the MTU", value: "1".into(), fix: "give more" },
+        ] {
+            let (text, fix) = (error.to_string(), error.fix().to_owned());
+            assert!(text.ends_with(&fix), "{text}: {fix}");
+            assert_eq!(vmcore::Error::from(error).fix(), Some(fix.as_str()));
+        }
+    }
+}
