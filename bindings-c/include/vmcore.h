@@ -1081,8 +1081,8 @@ typedef struct vmcore_virtio_ops {
 #define VMCORE_SERVED_DONE 0
 
 /**
- * It waits at the head of its queue until vmcore_virtio_wake, or the driver's next notification. Nothing may have been
- * read of it or written to it.
+ * It waits at the head of its queue until vmcore_virtio_wake; a notification of the driver's may come before. Nothing may
+ * have been read of it or written to it.
  */
 #define VMCORE_SERVED_LATER 1
 

@@ -264,9 +264,10 @@ static void served(void) {
     CHECK(driver_written(&driver, 1, 0) == 6 && driver_written(&driver, 1, 1) == 6);
     OK(vmcore_memory_read(driver.memory, DRIVER_DATA + 0x200, (uint8_t *)&config, sizeof config));
     CHECK(config == 0x08070605);
-    vmcore_memory_delete(driver.memory);
     vmcore_vm_delete(vm);
-    CHECK(atomic_load(&self.served) == 2 && self.early == 0 && self.features == 1ull << 32);
+    CHECK(driver_wanted(&driver, 1) == 2);
+    vmcore_memory_delete(driver.memory);
+    CHECK(atomic_load(&self.served) == 2 && self.early == 0 && self.features == (1ull << 32 | 1ull << 29));
     vmcore_virtio_delete(self.device);
     CHECK(self.dropped == 1);
 }

@@ -73,8 +73,9 @@ static inline void driver_begin(driver *driver, vmcore_vm *vm, uint32_t queues) 
     OK(vmcore_vm_memory(vm, &driver->memory));
     const uint32_t status[] = {0, 1, 3};
     for (size_t i = 0; i < 3; i++) driver_poke(driver, 0x70, status[i]);
-    /* VIRTIO_F_VERSION_1, and nothing else. */
+    /* VIRTIO_F_VERSION_1 and VIRTIO_F_EVENT_IDX, as Linux has them. */
     driver_poke(driver, 0x24, 1), driver_poke(driver, 0x20, 1);
+    driver_poke(driver, 0x24, 0), driver_poke(driver, 0x20, 1u << 29);
     driver_poke(driver, 0x70, 11);
     for (uint32_t queue = 0; queue < queues; queue++) {
         const uint32_t ring = DRIVER_RINGS + queue * DRIVER_RING;
@@ -131,6 +132,14 @@ static inline uint32_t driver_written(const driver *driver, uint32_t queue, uint
     uint64_t used = DRIVER_RINGS + queue * DRIVER_RING + 0x2000;
     OK(vmcore_memory_read(driver->memory, used + 8 + 8u * index, (uint8_t *)&len, sizeof len));
     return len;
+}
+
+/* By which request the device wants to be told next; to be looked at when the VM is gone, for it says so last. */
+static inline uint16_t driver_wanted(const driver *driver, uint32_t queue) {
+    uint16_t index = 0;
+    uint64_t used = DRIVER_RINGS + queue * DRIVER_RING + 0x2000;
+    OK(vmcore_memory_read(driver->memory, used + 4 + 8u * DRIVER_SIZE, (uint8_t *)&index, sizeof index));
+    return index;
 }
 
 #endif

@@ -1,5 +1,7 @@
 //! Every kind of error has its number in C, and a test in C that provokes it.
 
+#![expect(clippy::unwrap_used, reason = "these are tests")]
+
 use std::collections::BTreeSet;
 use std::path::Path;
 

@@ -7,7 +7,8 @@ use std::process::Command;
 fn prints(program: &str, name: &str) {
     let expected = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap();
     let ended = Command::new(program).output().unwrap();
-    let said = (ended.status.code(), String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
+    let said =
+        (ended.status.code(), String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
     assert_eq!(said, (Some(0), String::from_utf8_lossy(&expected), "".into()));
 }
 
