@@ -1113,6 +1113,14 @@ struct vmcore_error *vmcore_builder_set_accel(struct vmcore_builder *builder,
 void vmcore_builder_set_memory(struct vmcore_builder *builder, uint64_t bytes);
 
 /**
+ * Has the guest's memory backed as `region` says: by huge pages, on NUMA nodes, in a memfd. Its base and length do
+ * not count; it may have no file, no contents, and be written. `region` stays the caller's.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_builder_set_memory_like(struct vmcore_builder *builder,
+                                                    const struct vmcore_region *region);
+
+/**
  * How many vCPUs, as cores of one socket.
  */
 void vmcore_builder_set_cpus(struct vmcore_builder *builder, uint32_t count);

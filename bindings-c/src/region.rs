@@ -74,22 +74,34 @@ pub(crate) fn huge_pages(kind: vmcore_huge_pages) -> Result<HugePages> {
 }
 
 impl vmcore_region {
+    /// What it says of whatever region is made by it.
+    pub(crate) fn settings(&self) -> impl Fn(RegionBuilder) -> RegionBuilder + use<> {
+        let (backing, huge_pages, numa) = (self.backing.clone(), self.huge_pages, self.numa.clone());
+        let (track_dirty, mergeable, prefault) = (self.track_dirty, self.mergeable, self.prefault);
+        move |mut builder| {
+            builder = builder.backing(backing.clone()).huge_pages(huge_pages).numa(numa.clone());
+            if track_dirty {
+                builder = builder.track_dirty();
+            }
+            if mergeable {
+                builder = builder.mergeable();
+            }
+            if prefault {
+                builder = builder.prefault();
+            }
+            builder
+        }
+    }
+
+    /// Whether it is of one place alone.
+    pub(crate) fn is_particular(&self) -> bool {
+        self.read_only || !self.contents.is_empty() || matches!(self.backing, Backing::File { .. })
+    }
+
     pub(crate) fn build(self) -> Result<MemoryRegion> {
-        let mut builder: RegionBuilder = MemoryRegion::builder(GuestAddress(self.base), self.len)
-            .backing(self.backing)
-            .huge_pages(self.huge_pages)
-            .numa(self.numa);
+        let mut builder = self.settings()(MemoryRegion::builder(GuestAddress(self.base), self.len));
         if self.read_only {
             builder = builder.read_only();
-        }
-        if self.track_dirty {
-            builder = builder.track_dirty();
-        }
-        if self.mergeable {
-            builder = builder.mergeable();
-        }
-        if self.prefault {
-            builder = builder.prefault();
         }
         let region = builder.build()?;
         region.fill(0, &self.contents)?;

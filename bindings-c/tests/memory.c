@@ -76,6 +76,23 @@ int main(void) {
     OK(vmcore_region_new(0x400000, 0x1000, &region));
     OK(vmcore_region_set_numa(region, VMCORE_NUMA_BIND, nodes, 2));
     FAILS(VMCORE_ERROR_MEMORY, vmcore_vm_map_region(vm, region));
+    /* The memory of a built VM, as a region says. */
+    static const uint8_t HLT[] = {0xf4};
+    vmcore_vm *made = NULL;
+    vmcore_builder *builder = built(HLT, sizeof HLT);
+    OK(vmcore_region_new(0, 0, &region));
+    OK(vmcore_region_set_contents(region, HLT, sizeof HLT));
+    FAILS(VMCORE_ERROR_ARGUMENT, vmcore_builder_set_memory_like(builder, region));
+    OK(vmcore_region_set_contents(region, NULL, 0));
+    vmcore_region_set_memfd(region);
+    OK(vmcore_builder_set_memory_like(builder, region));
+    OK(vmcore_builder_build(builder, &made));
+    vmcore_vm_delete(made);
+    builder = built(HLT, sizeof HLT);
+    OK(vmcore_region_set_numa(region, VMCORE_NUMA_BIND, nodes, 2));
+    OK(vmcore_builder_set_memory_like(builder, region));
+    FAILS(VMCORE_ERROR_MEMORY, vmcore_builder_build(builder, &made));
+    vmcore_region_delete(region);
     OK(vmcore_region_new(0x300001, 0x1000, &region));
     FAILS(VMCORE_ERROR_MEMORY, vmcore_vm_map_region(vm, region));
 
