@@ -4,12 +4,22 @@ use std::fs::File;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
-use vmcore::memory::{Backing, HugePages, NumaPolicy};
+use vmcore::memory::{Backing, HugePages, NumaPolicy, RegionBuilder};
 use vmcore::{GuestAddress, MemoryRegion};
 
 use crate::error;
 use crate::net::duplicate;
 use crate::vm::Vm;
+
+/// How all of a built VM's memory is backed.
+pub fn settings(
+    huge_pages: &str,
+    numa: Option<(String, Vec<u32>)>,
+) -> PyResult<impl Fn(RegionBuilder) -> RegionBuilder + Send + use<>> {
+    let huge_pages = self::huge_pages(huge_pages)?;
+    let numa = numa.map(|(policy, nodes)| numa_policy(&policy, nodes)).transpose()?.unwrap_or_default();
+    Ok(move |region: RegionBuilder| region.huge_pages(huge_pages).numa(numa.clone()))
+}
 
 fn huge_pages(name: &str) -> PyResult<HugePages> {
     Ok(match name {
@@ -72,12 +82,8 @@ impl Vm {
             None if memfd => Backing::Memfd,
             None => Backing::Anonymous,
         };
-        let mut region = MemoryRegion::builder(GuestAddress(base), length)
-            .backing(backing)
-            .huge_pages(self::huge_pages(huge_pages)?);
-        if let Some((policy, nodes)) = numa {
-            region = region.numa(numa_policy(&policy, nodes)?);
-        }
+        let region = MemoryRegion::builder(GuestAddress(base), length).backing(backing);
+        let mut region = settings(huge_pages, numa)?(region);
         if read_only {
             region = region.read_only();
         }

@@ -19,6 +19,7 @@ use crate::device::{IrqLine, PythonBus};
 use crate::disk::{Disk, Handle};
 use crate::error::{self, Raise};
 use crate::host::escape;
+use crate::map;
 use crate::memory::Memory;
 use crate::net::Net;
 use crate::outcome::Outcome;
@@ -205,7 +206,7 @@ impl Vm {
     #[new]
     #[pyo3(signature = (
         *, kernel=None, initrd=None, cmdline="", entry="auto", memory=Size::Bytes(128 << 20), cpus=1, cpu="best",
-        accel="auto", irqchip=true, acpi=true, tsc_khz=None, deterministic=None, pc=true, console=None, exit_port=None,
+        accel="auto", irqchip=true, acpi=true, huge_pages="default", numa=None, tsc_khz=None, deterministic=None, pc=true, console=None, exit_port=None,
         disks=Vec::new(), nets=Vec::new(), rng=true, balloon=None, vsock=None, transport="mmio", devices=Vec::new()
     ))]
     #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
@@ -222,6 +223,8 @@ impl Vm {
         accel: &str,
         irqchip: bool,
         acpi: bool,
+        huge_pages: &str,
+        numa: Option<(String, Vec<u32>)>,
         tsc_khz: Option<u32>,
         deterministic: Option<u64>,
         pc: bool,
@@ -303,6 +306,7 @@ impl Vm {
         let plan = Plan {
             accel,
             memory,
+            backed: Box::new(map::settings(huge_pages, numa)?),
             cpus,
             cpu,
             irqchip,

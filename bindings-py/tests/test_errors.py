@@ -433,6 +433,11 @@ def test_nodes_that_are_not_there_are_refused(tmp_path: Path) -> None:
     # A kernel without NUMA has none of these calls.
     has_numa = Path("/sys/devices/system/node").exists()
     assert caught.value.code == ("memory.numa_nodes" if has_numa else "memory.host")
+    with pytest.raises(vmcore.GuestMemoryError) as again:
+        boot(EXIT_7, "raw16", numa=("bind", [9999]))
+    assert again.value.code == caught.value.code
+    with vmcore.Vm(kernel=EXIT_7, entry="raw16", accel="soft", exit_port=0xF4, huge_pages="never") as vm:
+        assert vm.run() == vmcore.Outcome.exit(7)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0].__name__)
@@ -498,6 +503,8 @@ def test_names_that_are_not_known_are_refused_with_those_that_are() -> None:
         ({"console": "nowhere"}, "stdio"),
         ({"memory": "much"}, "with K, M"),
         ({"nets": ["bridge"]}, "nat"),
+        ({"huge_pages": "4M"}, "2M"),
+        ({"numa": ("near", [0])}, "bind"),
     ]
     for keywords, known in cases:
         with pytest.raises(vmcore.ConfigError) as caught:

@@ -450,6 +450,8 @@ class Vm:
         accel: str = "auto",
         irqchip: bool = True,
         acpi: bool = True,
+        huge_pages: str = "default",
+        numa: tuple[str, Sequence[int]] | None = None,
         tsc_khz: int | None = None,
         deterministic: int | None = None,
         pc: bool = True,
