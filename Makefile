@@ -39,10 +39,10 @@ unit:
 docs:
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 
-# libvmcore in C: header, tests under sanitizers and valgrind, examples built outside the tree.
-c:
+# libvmcore in C: header, tests under sanitizers and valgrind, a boot, examples built outside the tree.
+c: guests
 	cargo build -p vmcore-c
-	bindings-c/tests/run target/debug
+	VMCORE_REQUIRE_BOOT=1 bindings-c/tests/run target/debug
 
 # libvmcore.so, libvmcore.a, vmcore.h, and what pkg-config and CMake need to find them.
 PREFIX ?= /usr/local
@@ -91,10 +91,10 @@ $(VENV)/ready: bindings-py/pyproject.toml
 
 python: guests $(VENV)/ready
 	cd bindings-py && VIRTUAL_ENV=$(VENV) $(VENV)/bin/maturin develop --quiet
-	cd bindings-py && $(VENV)/bin/mypy python/vmcore tests examples ../benches/callbacks.py
+	cd bindings-py && $(VENV)/bin/mypy python/vmcore tests ../examples/*.py ../benches/callbacks.py
 	cd bindings-py && $(VENV)/bin/python -m mypy.stubtest vmcore --mypy-config-file pyproject.toml \
 	  --allowlist tests/stubtest-allow.txt --ignore-unused-allowlist
-	cd bindings-py && $(VENV)/bin/basedpyright --level error --pythonpath $(VENV)/bin/python python/vmcore examples
+	cd bindings-py && $(VENV)/bin/basedpyright --level error --pythonpath $(VENV)/bin/python python/vmcore ../examples/*.py
 	cd bindings-py && VMCORE_REQUIRE_BOOT=1 $(VENV)/bin/pytest -q
 
 # As pip builds it: the wheel and the source distribution, in target/wheels.

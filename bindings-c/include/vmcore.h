@@ -104,6 +104,11 @@ typedef struct vmcore_console vmcore_console;
 typedef struct vmcore_control vmcore_control;
 
 /**
+ * All answers of CPUID for one vCPU, sorted by leaf and subleaf.
+ */
+typedef struct vmcore_cpuid vmcore_cpuid;
+
+/**
  * A device of the program's, which may be on several machines.
  */
 typedef struct vmcore_device vmcore_device;
@@ -124,7 +129,7 @@ typedef struct vmcore_error vmcore_error;
 typedef struct vmcore_image vmcore_image;
 
 /**
- * A device's interrupt wire. Deleting it lowers it.
+ * A device's interrupt wire. Deleting it lowers it. It may outlive the machine, and then does nothing.
  */
 typedef struct vmcore_irq vmcore_irq;
 
@@ -209,6 +214,11 @@ typedef struct vmcore_vm vmcore_vm;
 typedef struct vmcore_vsock vmcore_vsock;
 
 /**
+ * A port of the host that the guest can connect to. Deleting it frees the port.
+ */
+typedef struct vmcore_vsock_listener vmcore_vsock_listener;
+
+/**
  * Which backend runs a guest.
  */
 typedef uint32_t vmcore_accel;
@@ -281,6 +291,40 @@ typedef struct vmcore_outcome {
 } vmcore_outcome;
 
 /**
+ * One answer of CPUID.
+ */
+typedef struct vmcore_cpuid_entry {
+  /**
+   * EAX on input.
+   */
+  uint32_t leaf;
+  /**
+   * ECX on input, where the leaf has subleaves; else 0.
+   */
+  uint32_t subleaf;
+  /**
+   * EAX on output.
+   */
+  uint32_t eax;
+  /**
+   * EBX on output.
+   */
+  uint32_t ebx;
+  /**
+   * ECX on output.
+   */
+  uint32_t ecx;
+  /**
+   * EDX on output.
+   */
+  uint32_t edx;
+  /**
+   * Whether the leaf has subleaves.
+   */
+  bool has_subleaf;
+} vmcore_cpuid_entry;
+
+/**
  * What a device at ports or addresses does. Called on the threads of the vCPUs, one call at a time; the vCPU waits
  * for the answer. `offset` counts from the device's base, `len` is 1, 2, 4 or 8.
  */
@@ -315,6 +359,11 @@ typedef struct vmcore_device_ops {
  * When what a guest writes is on stable storage.
  */
 typedef uint32_t vmcore_cache;
+
+/**
+ * What becomes of a request that the host fails.
+ */
+typedef uint32_t vmcore_on_error;
 
 /**
  * What a disk did so far.
@@ -372,9 +421,49 @@ typedef uint32_t vmcore_log_level;
 typedef void (*vmcore_log_fn)(void *user, vmcore_log_level level, const char *target, const char *message);
 
 /**
+ * Packets and bytes that went through a card since it was made. Bytes are those of Ethernet frames; a packet to be
+ * cut into segments counts once.
+ */
+typedef struct vmcore_net_stats {
+  /**
+   * Packets that the guest received.
+   */
+  uint64_t received_packets;
+  /**
+   * Bytes of them.
+   */
+  uint64_t received_bytes;
+  /**
+   * Packets for the guest that were lost.
+   */
+  uint64_t received_dropped;
+  /**
+   * Packets that the guest did not ask for.
+   */
+  uint64_t received_filtered;
+  /**
+   * Packets that the guest sent.
+   */
+  uint64_t sent_packets;
+  /**
+   * Bytes of them.
+   */
+  uint64_t sent_bytes;
+  /**
+   * Packets from the guest that were lost.
+   */
+  uint64_t sent_dropped;
+} vmcore_net_stats;
+
+/**
  * Which host pages back a region.
  */
 typedef uint32_t vmcore_huge_pages;
+
+/**
+ * On which NUMA nodes of the host a region's pages are placed.
+ */
+typedef uint32_t vmcore_numa;
 
 /**
  * A segment register with its hidden part. Fields of 8 bits but `kind` and `dpl` are 0 or 1.
@@ -672,6 +761,26 @@ typedef struct vmcore_virtio_ops {
 #define VMCORE_CACHE_UNSAFE 2
 
 /**
+ * The guest gets an I/O error.
+ */
+#define VMCORE_ON_ERROR_REPORT 0
+
+/**
+ * The VM stops with VMCORE_OUTCOME_IO_ERROR, and the request is kept. The next run tries it again.
+ */
+#define VMCORE_ON_ERROR_STOP 1
+
+/**
+ * As VMCORE_ON_ERROR_STOP where the host has no room left, as VMCORE_ON_ERROR_REPORT otherwise.
+ */
+#define VMCORE_ON_ERROR_STOP_IF_FULL 2
+
+/**
+ * The guest is told that all went well; what it reads is zero. What it wrote is lost.
+ */
+#define VMCORE_ON_ERROR_IGNORE 3
+
+/**
  * Guest memory: layout, mapping, access.
  */
 #define VMCORE_ERROR_MEMORY 1
@@ -857,6 +966,11 @@ typedef struct vmcore_virtio_ops {
 #define VMCORE_OUTCOME_INSTRUCTION_LIMIT 7
 
 /**
+ * The host failed a disk that stops the VM then: see vmcore_disk_stopped. It can go on, and the disk tries again.
+ */
+#define VMCORE_OUTCOME_IO_ERROR 8
+
+/**
  * In a way that this version of the bindings has no number for.
  */
 #define VMCORE_OUTCOME_OTHER 99
@@ -885,6 +999,26 @@ typedef struct vmcore_virtio_ops {
  * Reserved ones of 1 GiB.
  */
 #define VMCORE_HUGE_PAGES_1G 4
+
+/**
+ * As the calling thread has it.
+ */
+#define VMCORE_NUMA_DEFAULT 0
+
+/**
+ * Only on these; allocation fails where they are full.
+ */
+#define VMCORE_NUMA_BIND 1
+
+/**
+ * On this one while it has room, on others after.
+ */
+#define VMCORE_NUMA_PREFERRED 2
+
+/**
+ * On these by turns.
+ */
+#define VMCORE_NUMA_INTERLEAVE 3
 
 /**
  * HLT on a VM without interrupt controllers.
@@ -947,8 +1081,8 @@ typedef struct vmcore_virtio_ops {
 #define VMCORE_SERVED_DONE 0
 
 /**
- * It waits at the head of its queue until vmcore_virtio_wake, or the driver's next notification. Nothing may have been
- * read of it or written to it.
+ * It waits at the head of its queue until vmcore_virtio_wake; a notification of the driver's may come before. Nothing may
+ * have been read of it or written to it.
  */
 #define VMCORE_SERVED_LATER 1
 
@@ -977,6 +1111,14 @@ struct vmcore_error *vmcore_builder_set_accel(struct vmcore_builder *builder,
  * Size of the guest's memory, a multiple of 4096.
  */
 void vmcore_builder_set_memory(struct vmcore_builder *builder, uint64_t bytes);
+
+/**
+ * Has the guest's memory backed as `region` says: by huge pages, on NUMA nodes, in a memfd. Its base and length do
+ * not count; it may have no file, no contents, and be written. `region` stays the caller's.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_builder_set_memory_like(struct vmcore_builder *builder,
+                                                    const struct vmcore_region *region);
 
 /**
  * How many vCPUs, as cores of one socket.
@@ -1260,6 +1402,48 @@ struct vmcore_error *vmcore_control_fail(const struct vmcore_control *control,
 void vmcore_control_delete(struct vmcore_control *control);
 
 /**
+ * Everything that a backend of this host can present.
+ */
+VMCORE_MUST_USE struct vmcore_error *vmcore_cpuid_supported(vmcore_accel kind, struct vmcore_cpuid **out);
+
+/**
+ * What vCPU number `id` of a VM with `cpus` cores of one socket is told, for `model`: "best", "v1" to "v4", "host".
+ * `irqchip` is whether the VM has interrupt controllers.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_cpuid_of_model(vmcore_accel kind,
+                                           const char *model,
+                                           uint32_t cpus,
+                                           uint32_t id,
+                                           bool irqchip,
+                                           struct vmcore_cpuid **out);
+
+/**
+ * How many answers there are.
+ */
+size_t vmcore_cpuid_len(const struct vmcore_cpuid *cpuid);
+
+/**
+ * Answer number `index`.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_cpuid_get(const struct vmcore_cpuid *cpuid,
+                                      size_t index,
+                                      struct vmcore_cpuid_entry *out);
+
+/**
+ * Adds an answer, or replaces the one for its leaf and subleaf.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_cpuid_set(struct vmcore_cpuid *cpuid,
+                                      const struct vmcore_cpuid_entry *entry);
+
+/**
+ * Frees it.
+ */
+void vmcore_cpuid_delete(struct vmcore_cpuid *cpuid);
+
+/**
  * A device of the functions in `ops`, which is copied. `user` is taken, where the call does not fail.
  */
 VMCORE_MUST_USE
@@ -1333,6 +1517,21 @@ VMCORE_MUST_USE struct vmcore_error *vmcore_disk_set_queues(struct vmcore_disk *
  * When writes are stable.
  */
 VMCORE_MUST_USE struct vmcore_error *vmcore_disk_set_cache(struct vmcore_disk *disk, vmcore_cache mode);
+
+/**
+ * What becomes of reads that the host fails, and of its other requests; VMCORE_ON_ERROR_REPORT unless said.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_disk_set_on_error(struct vmcore_disk *disk,
+                                              vmcore_on_error reads,
+                                              vmcore_on_error others);
+
+/**
+ * Why the disk stopped its VM, in words, until the VM runs again; a NULL where it did not.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_disk_stopped(const struct vmcore_disk *disk,
+                                         struct vmcore_bytes **out);
 
 /**
  * How many requests and bytes a second the guest may have of it; 0 is no limit. At any time.
@@ -1432,6 +1631,26 @@ const char *vmcore_report_advice(const struct vmcore_report *report, size_t inde
 void vmcore_report_delete(struct vmcore_report *report);
 
 /**
+ * Sets the wire's level, from any thread.
+ */
+VMCORE_MUST_USE struct vmcore_error *vmcore_irq_set(const struct vmcore_irq *irq, bool high);
+
+/**
+ * Raises and lowers the wire: one edge. From any thread.
+ */
+VMCORE_MUST_USE struct vmcore_error *vmcore_irq_pulse(const struct vmcore_irq *irq);
+
+/**
+ * Whether the wire is high.
+ */
+bool vmcore_irq_level(const struct vmcore_irq *irq);
+
+/**
+ * Lowers and frees it.
+ */
+void vmcore_irq_delete(struct vmcore_irq *irq);
+
+/**
  * Has `function` get what is logged in this process up to `level`, in place of the one before, whose drop
  * function has been called when this returns. VMCORE_LOG_OFF with a NULL function ends logging. `user` is taken.
  */
@@ -1495,16 +1714,6 @@ struct vmcore_error *vmcore_machine_control(struct vmcore_machine *machine,
 VMCORE_MUST_USE
 struct vmcore_error *vmcore_machine_memory(struct vmcore_machine *machine,
                                            struct vmcore_memory **out);
-
-/**
- * Sets the wire's level, from any thread.
- */
-VMCORE_MUST_USE struct vmcore_error *vmcore_irq_set(const struct vmcore_irq *irq, bool high);
-
-/**
- * Lowers and frees it.
- */
-void vmcore_irq_delete(struct vmcore_irq *irq);
 
 /**
  * Copies `len` bytes of guest memory from `at` into `data`.
@@ -1606,6 +1815,20 @@ VMCORE_MUST_USE struct vmcore_error *vmcore_net_nat(struct vmcore_nat *nat, stru
  * The card's address, six bytes.
  */
 VMCORE_MUST_USE struct vmcore_error *vmcore_net_set_mac(struct vmcore_net *net, const uint8_t (*mac)[6]);
+
+/**
+ * Records all packets of the card in a new file at `path`, or in place of what it has, for tcpdump and Wireshark.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_net_record(struct vmcore_net *net,
+                                       const char *path);
+
+/**
+ * What went through it so far.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_net_get_stats(const struct vmcore_net *net,
+                                          struct vmcore_net_stats *out);
 
 /**
  * Connects or disconnects the cable, while the guest runs too.
@@ -1725,6 +1948,15 @@ void vmcore_region_set_prefault(struct vmcore_region *region, bool yes);
 VMCORE_MUST_USE
 struct vmcore_error *vmcore_region_set_huge_pages(struct vmcore_region *region,
                                                   vmcore_huge_pages kind);
+
+/**
+ * On which NUMA nodes of the host its pages are placed: on the `count` of them at `nodes`, by `policy`.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_region_set_numa(struct vmcore_region *region,
+                                            vmcore_numa policy,
+                                            const uint32_t *nodes,
+                                            size_t count);
 
 /**
  * Backed by an unnamed file in memory, which other processes can map.
@@ -1928,6 +2160,20 @@ struct vmcore_error *vmcore_vcpu_set_debug(const struct vmcore_vcpu *vcpu,
 VMCORE_MUST_USE struct vmcore_error *vmcore_vcpu_inject_nmi(const struct vmcore_vcpu *vcpu);
 
 /**
+ * What CPUID tells the guest.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_vcpu_cpuid(const struct vmcore_vcpu *vcpu,
+                                       struct vmcore_cpuid **out);
+
+/**
+ * Sets what CPUID tells the guest, before the first run.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_vcpu_set_cpuid(const struct vmcore_vcpu *vcpu,
+                                           const struct vmcore_cpuid *cpuid);
+
+/**
  * Sets the frequency of the guest's TSC in kHz, before the first run.
  */
 VMCORE_MUST_USE struct vmcore_error *vmcore_vcpu_set_tsc_khz(const struct vmcore_vcpu *vcpu, uint32_t khz);
@@ -2125,6 +2371,30 @@ struct vmcore_error *vmcore_vm_insert_mmio(const struct vmcore_vm *vm,
                                            const struct vmcore_device *device);
 
 /**
+ * Takes the device whose ports begin at `base` away, and tells whether there was one.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_vm_remove_ports(const struct vmcore_vm *vm,
+                                            uint16_t base,
+                                            bool *out);
+
+/**
+ * Takes the device whose addresses begin at `base` away, and tells whether there was one.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_vm_remove_mmio(const struct vmcore_vm *vm,
+                                           uint64_t base,
+                                           bool *out);
+
+/**
+ * The wire into global system interrupt `gsi`, 0 to 23, of a VM with interrupt controllers.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_vm_irq(const struct vmcore_vm *vm,
+                                   uint32_t gsi,
+                                   struct vmcore_irq **out);
+
+/**
  * Delivers a message-signalled interrupt.
  */
 VMCORE_MUST_USE
@@ -2209,6 +2479,28 @@ struct vmcore_error *vmcore_vsock_connect(const struct vmcore_vsock *vsock,
                                           uint32_t port,
                                           uint64_t milliseconds,
                                           int32_t *out);
+
+/**
+ * Listens on a port of the host (CID 2): the guest's connections to it come here, and to no Unix socket. Up to 128
+ * wait to be accepted.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_vsock_listen(const struct vmcore_vsock *vsock,
+                                         uint32_t port,
+                                         struct vmcore_vsock_listener **out);
+
+/**
+ * Waits for the guest's next connection, `milliseconds` at most; the descriptor of the stream is the caller's.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_vsock_listener_accept(const struct vmcore_vsock_listener *listener,
+                                                  uint64_t milliseconds,
+                                                  int32_t *out);
+
+/**
+ * Frees it, and the port.
+ */
+void vmcore_vsock_listener_delete(struct vmcore_vsock_listener *listener);
 
 /**
  * Frees the handle, and the device where no machine has it.

@@ -17,6 +17,7 @@ use crate::error::{Result, give, guard, need, vmcore_error};
 use crate::host::{accel, vmcore_accel};
 use crate::machine::{vmcore_attach_fn, vmcore_machine};
 use crate::net::vmcore_net;
+use crate::region::vmcore_region;
 use crate::virtio::{vmcore_balloon, vmcore_virtio, vmcore_virtio_console};
 use crate::vm::vmcore_vm;
 use crate::vsock::vmcore_vsock;
@@ -99,6 +100,25 @@ pub extern "C" fn vmcore_builder_set_accel(
 #[unsafe(no_mangle)]
 pub extern "C" fn vmcore_builder_set_memory(builder: Option<&mut vmcore_builder>, bytes: u64) {
     change(builder, |builder| builder.memory(bytes));
+}
+
+/// Has the guest's memory backed as `region` says: by huge pages, on NUMA nodes, in a memfd. Its base and length do
+/// not count; it may have no file, no contents, and be written. `region` stays the caller's.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn vmcore_builder_set_memory_like(
+    builder: Option<&mut vmcore_builder>,
+    region: Option<&vmcore_region>,
+) -> Option<Box<vmcore_error>> {
+    guard(|| {
+        let (builder, region) = (need(builder, "builder")?, need(region, "region")?);
+        if region.is_particular() {
+            let fix = "memory has several regions: leave out its file, its contents, and read-only";
+            return Err(vmcore_error::argument("region", "of one place alone", fix));
+        }
+        builder.change(|builder| builder.configure_memory(region.settings()));
+        Ok(())
+    })
 }
 
 /// How many vCPUs, as cores of one socket.

@@ -6,9 +6,9 @@ use std::mem::MaybeUninit;
 use vmdevices::Disk;
 use vmdevices::block::{Format, Image, Limits};
 use vmdevices::rate::Rate;
-use vmdevices::virtio::{CacheMode, DiskHandle};
+use vmdevices::virtio::{CacheMode, DiskHandle, OnError};
 
-use crate::bytes::text;
+use crate::bytes::{text, vmcore_bytes};
 use crate::error::{Result, give, guard, need, put, vmcore_error};
 
 /// A disk image to be opened: nothing but the files that are named here is ever opened.
@@ -46,6 +46,27 @@ pub const VMCORE_CACHE_WRITEBACK: vmcore_cache = 0;
 pub const VMCORE_CACHE_WRITETHROUGH: vmcore_cache = 1;
 /// When the host likes.
 pub const VMCORE_CACHE_UNSAFE: vmcore_cache = 2;
+
+/// What becomes of a request that the host fails.
+pub type vmcore_on_error = u32;
+/// The guest gets an I/O error.
+pub const VMCORE_ON_ERROR_REPORT: vmcore_on_error = 0;
+/// The VM stops with VMCORE_OUTCOME_IO_ERROR, and the request is kept. The next run tries it again.
+pub const VMCORE_ON_ERROR_STOP: vmcore_on_error = 1;
+/// As VMCORE_ON_ERROR_STOP where the host has no room left, as VMCORE_ON_ERROR_REPORT otherwise.
+pub const VMCORE_ON_ERROR_STOP_IF_FULL: vmcore_on_error = 2;
+/// The guest is told that all went well; what it reads is zero. What it wrote is lost.
+pub const VMCORE_ON_ERROR_IGNORE: vmcore_on_error = 3;
+
+fn on_error(what: &str, policy: vmcore_on_error) -> Result<OnError> {
+    Ok(match policy {
+        VMCORE_ON_ERROR_REPORT => OnError::Report,
+        VMCORE_ON_ERROR_STOP => OnError::Stop,
+        VMCORE_ON_ERROR_STOP_IF_FULL => OnError::StopIfFull,
+        VMCORE_ON_ERROR_IGNORE => OnError::Ignore,
+        other => return Err(vmcore_error::argument(what, other, "give a VMCORE_ON_ERROR_*")),
+    })
+}
 
 /// What a disk did so far.
 #[repr(C)]
@@ -204,6 +225,35 @@ pub extern "C" fn vmcore_disk_set_cache(
         let disk = need(disk, "disk")?;
         disk.disk = Some(disk.take()?.cache(mode));
         Ok(())
+    })
+}
+
+/// What becomes of reads that the host fails, and of its other requests; VMCORE_ON_ERROR_REPORT unless said.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn vmcore_disk_set_on_error(
+    disk: Option<&mut vmcore_disk>,
+    reads: vmcore_on_error,
+    others: vmcore_on_error,
+) -> Option<Box<vmcore_error>> {
+    guard(|| {
+        let (reads, others) = (on_error("reads", reads)?, on_error("others", others)?);
+        let disk = need(disk, "disk")?;
+        disk.disk = Some(disk.take()?.on_error(reads, others));
+        Ok(())
+    })
+}
+
+/// Why the disk stopped its VM, in words, until the VM runs again; a NULL where it did not.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn vmcore_disk_stopped(
+    disk: Option<&vmcore_disk>,
+    out: Option<&mut MaybeUninit<*mut vmcore_bytes>>,
+) -> Option<Box<vmcore_error>> {
+    guard(|| match need(disk, "disk")?.handle.stopped() {
+        Some(stop) => give(out, vmcore_bytes::new(stop.message)),
+        None => put(out, std::ptr::null_mut()),
     })
 }
 

@@ -74,7 +74,8 @@ impl vmcore_error {
 
     /// As the engine sees it, where a callback of the program returned it.
     pub(crate) fn into_device_error(self, id: &str) -> vmcore::Error {
-        vmcore::Error::device(id, self)
+        let fix = self.fix.as_ref().map(|fix| fix.to_string_lossy().into_owned());
+        vmcore::Error::device(id, self).with_fix(fix)
     }
 }
 
@@ -111,7 +112,6 @@ impl From<vmcore::Error> for Box<vmcore_error> {
         if let vmcore::Error::Device { source, .. } = &error
             && let Some(inner) = source.downcast_ref::<vmcore_error>()
         {
-            ours.fix.clone_from(&inner.fix);
             ours.errno = inner.errno;
         }
         ours

@@ -4,11 +4,12 @@ use std::ffi::c_void;
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 
-use vmcore::{GuestAddress, IrqLine, Machine};
+use vmcore::{GuestAddress, Machine};
 
 use crate::control::vmcore_control;
 use crate::device::vmcore_device;
 use crate::error::{Result, give, guard, need, put, vmcore_error};
+use crate::irq::vmcore_irq;
 use crate::memory::vmcore_memory;
 
 /// The machine while it is being built: valid during a vmcore_attach_fn alone.
@@ -20,11 +21,6 @@ pub struct vmcore_machine {
 pub type vmcore_attach_fn = Option<
     unsafe extern "C" fn(user: *mut c_void, machine: *mut vmcore_machine) -> Option<Box<vmcore_error>>,
 >;
-
-/// A device's interrupt wire. Deleting it lowers it.
-pub struct vmcore_irq {
-    line: IrqLine,
-}
 
 impl vmcore_machine {
     pub(crate) fn new(machine: &mut Machine) -> Self {
@@ -115,20 +111,4 @@ pub extern "C" fn vmcore_machine_memory(
     out: Option<&mut MaybeUninit<*mut vmcore_memory>>,
 ) -> Option<Box<vmcore_error>> {
     guard(|| give(out, vmcore_memory { memory: get(machine)?.memory().clone() }))
-}
-
-/// Sets the wire's level, from any thread.
-#[unsafe(no_mangle)]
-#[must_use]
-pub extern "C" fn vmcore_irq_set(irq: Option<&vmcore_irq>, high: bool) -> Option<Box<vmcore_error>> {
-    guard(|| {
-        need(irq, "irq")?.line.set_level(high);
-        Ok(())
-    })
-}
-
-/// Lowers and frees it.
-#[unsafe(no_mangle)]
-pub extern "C" fn vmcore_irq_delete(irq: Option<Box<vmcore_irq>>) {
-    drop(irq);
 }

@@ -3,18 +3,40 @@
 use std::ffi::c_char;
 use std::mem::MaybeUninit;
 
+use vmcore::Error;
 use vmdevices::Net;
-use vmdevices::net::{Action, Destination, Forward, Nat, NatHandle, Stream};
+use vmdevices::net::{Action, Capture, Destination, Forward, Nat, NatHandle, Stream};
 use vmdevices::virtio::NetHandle;
 
 use crate::bytes::text;
 use crate::disk::attached;
-use crate::error::{Result, give, guard, need, vmcore_error};
+use crate::error::{Result, give, guard, need, put, vmcore_error};
 
 /// A network card: to be set up and attached to a machine, and a handle on it from then on.
 pub struct vmcore_net {
     net: Option<Net>,
     handle: NetHandle,
+}
+
+/// Packets and bytes that went through a card since it was made. Bytes are those of Ethernet frames; a packet to be
+/// cut into segments counts once.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct vmcore_net_stats {
+    /// Packets that the guest received.
+    pub received_packets: u64,
+    /// Bytes of them.
+    pub received_bytes: u64,
+    /// Packets for the guest that were lost.
+    pub received_dropped: u64,
+    /// Packets that the guest did not ask for.
+    pub received_filtered: u64,
+    /// Packets that the guest sent.
+    pub sent_packets: u64,
+    /// Bytes of them.
+    pub sent_bytes: u64,
+    /// Packets from the guest that were lost.
+    pub sent_dropped: u64,
 }
 
 /// A NAT that needs no privilege, to be put behind a card, and a handle on it from then on.
@@ -82,6 +104,46 @@ pub extern "C" fn vmcore_net_set_mac(
         }
         net.net = Some(net.take()?.mac(mac)?);
         Ok(())
+    })
+}
+
+/// Records all packets of the card in a new file at `path`, or in place of what it has, for tcpdump and Wireshark.
+#[unsafe(no_mangle)]
+#[must_use]
+pub unsafe extern "C" fn vmcore_net_record(
+    net: Option<&mut vmcore_net>,
+    path: *const c_char,
+) -> Option<Box<vmcore_error>> {
+    guard(|| {
+        let (net, path) = (need(net, "net")?, text!(path));
+        let capture =
+            Capture::create(path, Capture::WHOLE).map_err(|error| Error::os("create", path, error))?;
+        net.net = Some(net.take()?.record(&capture));
+        Ok(())
+    })
+}
+
+/// What went through it so far.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn vmcore_net_get_stats(
+    net: Option<&vmcore_net>,
+    out: Option<&mut MaybeUninit<vmcore_net_stats>>,
+) -> Option<Box<vmcore_error>> {
+    guard(|| {
+        let counters = need(net, "net")?.handle.counters();
+        put(
+            out,
+            vmcore_net_stats {
+                received_packets: counters.received_packets,
+                received_bytes: counters.received_bytes,
+                received_dropped: counters.received_dropped,
+                received_filtered: counters.received_filtered,
+                sent_packets: counters.sent_packets,
+                sent_bytes: counters.sent_bytes,
+                sent_dropped: counters.sent_dropped,
+            },
+        )
     })
 }
 

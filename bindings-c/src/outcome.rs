@@ -24,6 +24,8 @@ pub const VMCORE_OUTCOME_STOPPED: vmcore_outcome_kind = 5;
 pub const VMCORE_OUTCOME_TIME_LIMIT: vmcore_outcome_kind = 6;
 /// The instructions given to the run are executed; it can go on.
 pub const VMCORE_OUTCOME_INSTRUCTION_LIMIT: vmcore_outcome_kind = 7;
+/// The host failed a disk that stops the VM then: see vmcore_disk_stopped. It can go on, and the disk tries again.
+pub const VMCORE_OUTCOME_IO_ERROR: vmcore_outcome_kind = 8;
 /// In a way that this version of the bindings has no number for.
 pub const VMCORE_OUTCOME_OTHER: vmcore_outcome_kind = 99;
 
@@ -68,6 +70,7 @@ impl From<Outcome> for vmcore_outcome {
             Outcome::Stopped => (VMCORE_OUTCOME_STOPPED, 0),
             Outcome::TimeLimit => (VMCORE_OUTCOME_TIME_LIMIT, 0),
             Outcome::InstructionLimit => (VMCORE_OUTCOME_INSTRUCTION_LIMIT, 0),
+            Outcome::IoError => (VMCORE_OUTCOME_IO_ERROR, 0),
             _ => (VMCORE_OUTCOME_OTHER, 0),
         };
         Self { kind, value }
@@ -93,6 +96,7 @@ impl vmcore_outcome {
             VMCORE_OUTCOME_STOPPED => Outcome::Stopped,
             VMCORE_OUTCOME_TIME_LIMIT => Outcome::TimeLimit,
             VMCORE_OUTCOME_INSTRUCTION_LIMIT => Outcome::InstructionLimit,
+            VMCORE_OUTCOME_IO_ERROR => Outcome::IoError,
             other => return Err(vmcore_error::argument("outcome.kind", other, "give a VMCORE_OUTCOME_*")),
         })
     }

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use vmcore::memory::{Backing, HugePages, RegionBuilder};
+use vmcore::memory::{Backing, HugePages, NumaPolicy, RegionBuilder};
 use vmcore::{Error, GuestAddress, MemoryRegion};
 
 use crate::error::{Result, give, guard, need, vmcore_error};
@@ -16,6 +16,7 @@ pub struct vmcore_region {
     len: u64,
     backing: Backing,
     huge_pages: HugePages,
+    numa: NumaPolicy,
     read_only: bool,
     track_dirty: bool,
     mergeable: bool,
@@ -36,6 +37,31 @@ pub const VMCORE_HUGE_PAGES_2M: vmcore_huge_pages = 3;
 /// Reserved ones of 1 GiB.
 pub const VMCORE_HUGE_PAGES_1G: vmcore_huge_pages = 4;
 
+/// On which NUMA nodes of the host a region's pages are placed.
+pub type vmcore_numa = u32;
+/// As the calling thread has it.
+pub const VMCORE_NUMA_DEFAULT: vmcore_numa = 0;
+/// Only on these; allocation fails where they are full.
+pub const VMCORE_NUMA_BIND: vmcore_numa = 1;
+/// On this one while it has room, on others after.
+pub const VMCORE_NUMA_PREFERRED: vmcore_numa = 2;
+/// On these by turns.
+pub const VMCORE_NUMA_INTERLEAVE: vmcore_numa = 3;
+
+fn numa(policy: vmcore_numa, nodes: &[u32]) -> Result<NumaPolicy> {
+    Ok(match (policy, nodes) {
+        (VMCORE_NUMA_DEFAULT, []) => NumaPolicy::Default,
+        (VMCORE_NUMA_BIND, nodes) => NumaPolicy::Bind(nodes.to_vec()),
+        (VMCORE_NUMA_PREFERRED, &[node]) => NumaPolicy::Preferred(node),
+        (VMCORE_NUMA_INTERLEAVE, nodes) => NumaPolicy::Interleave(nodes.to_vec()),
+        (VMCORE_NUMA_DEFAULT | VMCORE_NUMA_PREFERRED, nodes) => {
+            let fix = "give none for VMCORE_NUMA_DEFAULT, one for VMCORE_NUMA_PREFERRED";
+            return Err(vmcore_error::argument("count", nodes.len(), fix));
+        }
+        (other, _) => return Err(vmcore_error::argument("policy", other, "give a VMCORE_NUMA_*")),
+    })
+}
+
 pub(crate) fn huge_pages(kind: vmcore_huge_pages) -> Result<HugePages> {
     Ok(match kind {
         VMCORE_HUGE_PAGES_DEFAULT => HugePages::Default,
@@ -48,21 +74,34 @@ pub(crate) fn huge_pages(kind: vmcore_huge_pages) -> Result<HugePages> {
 }
 
 impl vmcore_region {
+    /// What it says of whatever region is made by it.
+    pub(crate) fn settings(&self) -> impl Fn(RegionBuilder) -> RegionBuilder + use<> {
+        let (backing, huge_pages, numa) = (self.backing.clone(), self.huge_pages, self.numa.clone());
+        let (track_dirty, mergeable, prefault) = (self.track_dirty, self.mergeable, self.prefault);
+        move |mut builder| {
+            builder = builder.backing(backing.clone()).huge_pages(huge_pages).numa(numa.clone());
+            if track_dirty {
+                builder = builder.track_dirty();
+            }
+            if mergeable {
+                builder = builder.mergeable();
+            }
+            if prefault {
+                builder = builder.prefault();
+            }
+            builder
+        }
+    }
+
+    /// Whether it is of one place alone.
+    pub(crate) fn is_particular(&self) -> bool {
+        self.read_only || !self.contents.is_empty() || matches!(self.backing, Backing::File { .. })
+    }
+
     pub(crate) fn build(self) -> Result<MemoryRegion> {
-        let mut builder: RegionBuilder = MemoryRegion::builder(GuestAddress(self.base), self.len)
-            .backing(self.backing)
-            .huge_pages(self.huge_pages);
+        let mut builder = self.settings()(MemoryRegion::builder(GuestAddress(self.base), self.len));
         if self.read_only {
             builder = builder.read_only();
-        }
-        if self.track_dirty {
-            builder = builder.track_dirty();
-        }
-        if self.mergeable {
-            builder = builder.mergeable();
-        }
-        if self.prefault {
-            builder = builder.prefault();
         }
         let region = builder.build()?;
         region.fill(0, &self.contents)?;
@@ -86,6 +125,7 @@ pub extern "C" fn vmcore_region_new(
                 len,
                 backing: Backing::default(),
                 huge_pages: HugePages::default(),
+                numa: NumaPolicy::default(),
                 read_only: false,
                 track_dirty: false,
                 mergeable: false,
@@ -136,6 +176,26 @@ pub extern "C" fn vmcore_region_set_huge_pages(
 ) -> Option<Box<vmcore_error>> {
     guard(|| {
         need(region, "region")?.huge_pages = huge_pages(kind)?;
+        Ok(())
+    })
+}
+
+/// On which NUMA nodes of the host its pages are placed: on the `count` of them at `nodes`, by `policy`.
+#[unsafe(no_mangle)]
+#[must_use]
+pub unsafe extern "C" fn vmcore_region_set_numa(
+    region: Option<&mut vmcore_region>,
+    policy: vmcore_numa,
+    nodes: *const u32,
+    count: usize,
+) -> Option<Box<vmcore_error>> {
+    guard(|| {
+        if nodes.is_null() && count > 0 {
+            return Err(vmcore_error::argument("nodes", "NULL", "give as many numbers as the count says"));
+        }
+        // SAFETY: the caller gives that many numbers, which stay for the call; where there are none nothing is read.
+        let nodes = if count == 0 { &[] } else { unsafe { std::slice::from_raw_parts(nodes, count) } };
+        need(region, "region")?.numa = numa(policy, nodes)?;
         Ok(())
     })
 }

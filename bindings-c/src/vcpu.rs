@@ -8,6 +8,7 @@ use vmcore::backend::{DebugConfig, HardwareBreakpoints};
 use vmcore::{Error, GuestAddress, Io, Vcpu, VcpuExit, VcpuHandle};
 
 use crate::callback::required;
+use crate::cpuid::vmcore_cpuid;
 use crate::error::{Result, give, guard, need, put, vmcore_error};
 use crate::registers::{vmcore_regs, vmcore_sregs};
 use crate::state::vmcore_state;
@@ -322,6 +323,32 @@ pub extern "C" fn vmcore_vcpu_set_debug(
 #[must_use]
 pub extern "C" fn vmcore_vcpu_inject_nmi(vcpu: Option<&vmcore_vcpu>) -> Option<Box<vmcore_error>> {
     guard(|| Ok(need(vcpu, "vcpu")?.use_it("inject an NMI")?.inject_nmi()?))
+}
+
+/// What CPUID tells the guest.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn vmcore_vcpu_cpuid(
+    vcpu: Option<&vmcore_vcpu>,
+    out: Option<&mut MaybeUninit<*mut vmcore_cpuid>>,
+) -> Option<Box<vmcore_error>> {
+    guard(|| {
+        let table = need(vcpu, "vcpu")?.use_it("read CPUID")?.cpuid()?;
+        give(out, vmcore_cpuid { table })
+    })
+}
+
+/// Sets what CPUID tells the guest, before the first run.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn vmcore_vcpu_set_cpuid(
+    vcpu: Option<&vmcore_vcpu>,
+    cpuid: Option<&vmcore_cpuid>,
+) -> Option<Box<vmcore_error>> {
+    guard(|| {
+        let table = &need(cpuid, "cpuid")?.table;
+        Ok(need(vcpu, "vcpu")?.use_it("set CPUID")?.set_cpuid(table)?)
+    })
 }
 
 /// Sets the frequency of the guest's TSC in kHz, before the first run.

@@ -117,8 +117,8 @@ pub extern "C" fn vmcore_virtio_console_delete(console: Option<Box<vmcore_virtio
 pub type vmcore_served = u32;
 /// It is done, and goes back to the driver with what was written.
 pub const VMCORE_SERVED_DONE: vmcore_served = 0;
-/// It waits at the head of its queue until vmcore_virtio_wake, or the driver's next notification. Nothing may have been
-/// read of it or written to it.
+/// It waits at the head of its queue until vmcore_virtio_wake; a notification of the driver's may come before. Nothing may
+/// have been read of it or written to it.
 pub const VMCORE_SERVED_LATER: vmcore_served = 1;
 
 /// What a virtio device of the program's does. `read_config` and `write_config` are called on the threads of vCPUs, `serve`
@@ -236,10 +236,16 @@ impl Worker for DeviceWorker {
     fn notify(&mut self, queue: u16) -> std::result::Result<Progress, QueueError> {
         let map = self.memory.snapshot();
         let Some(ring) = self.queues.get_mut(usize::from(queue)) else { return Ok(Progress::Idle) };
+        ring.disable_notifications(&map)?;
         for _ in 0..TURN {
             let Some(mut chain) = ring.pop(&map)? else {
                 ring.signal(&map)?;
-                return Ok(Progress::Idle);
+                if !ring.enable_notifications(&map)? {
+                    return Ok(Progress::Idle);
+                }
+                // A request came before the driver was asked to tell of one.
+                ring.disable_notifications(&map)?;
+                continue;
             };
             let head = chain.head;
             let mut request = vmcore_chain { chain: NonNull::from(&mut chain).cast(), written: 0 };
@@ -249,6 +255,8 @@ impl Worker for DeviceWorker {
                 VMCORE_SERVED_LATER => {
                     ring.unpop(1);
                     ring.signal(&map)?;
+                    // There is one, and it waits: whatever this says is not news.
+                    ring.enable_notifications(&map)?;
                     return Ok(Progress::Idle);
                 }
                 VMCORE_SERVED_DONE => ring.push(&map, head, request.written)?,

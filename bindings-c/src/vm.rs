@@ -15,6 +15,7 @@ use crate::control::vmcore_control;
 use crate::device::vmcore_device;
 use crate::error::{Result, give, guard, need, put, vmcore_error};
 use crate::host::{accel, vmcore_accel};
+use crate::irq::vmcore_irq;
 use crate::memory::vmcore_memory;
 use crate::outcome::vmcore_outcome;
 use crate::region::vmcore_region;
@@ -203,6 +204,39 @@ pub extern "C" fn vmcore_vm_insert_mmio(
         let device = need(device, "device")?.shared.clone();
         Ok(need(vm, "vm")?.still("add a device")?.mmio().insert(base, len, device)?)
     })
+}
+
+/// Takes the device whose ports begin at `base` away, and tells whether there was one.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn vmcore_vm_remove_ports(
+    vm: Option<&vmcore_vm>,
+    base: u16,
+    out: Option<&mut MaybeUninit<bool>>,
+) -> Option<Box<vmcore_error>> {
+    guard(|| put(out, need(vm, "vm")?.still("remove a device")?.ports().remove(base.into()).is_some()))
+}
+
+/// Takes the device whose addresses begin at `base` away, and tells whether there was one.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn vmcore_vm_remove_mmio(
+    vm: Option<&vmcore_vm>,
+    base: u64,
+    out: Option<&mut MaybeUninit<bool>>,
+) -> Option<Box<vmcore_error>> {
+    guard(|| put(out, need(vm, "vm")?.still("remove a device")?.mmio().remove(base).is_some()))
+}
+
+/// The wire into global system interrupt `gsi`, 0 to 23, of a VM with interrupt controllers.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn vmcore_vm_irq(
+    vm: Option<&vmcore_vm>,
+    gsi: u32,
+    out: Option<&mut MaybeUninit<*mut vmcore_irq>>,
+) -> Option<Box<vmcore_error>> {
+    guard(|| give(out, vmcore_irq { line: need(vm, "vm")?.still("make a wire")?.irq_line(gsi) }))
 }
 
 /// Delivers a message-signalled interrupt.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use vmcore::Error;
 use vmdevices::Vsock;
-use vmdevices::virtio::VsockHandle;
+use vmdevices::virtio::{VsockHandle, VsockListener};
 
 use crate::bytes::text;
 use crate::disk::attached;
@@ -17,6 +17,11 @@ use crate::error::{Result, give, guard, need, put, vmcore_error};
 pub struct vmcore_vsock {
     vsock: Option<Vsock>,
     handle: VsockHandle,
+}
+
+/// A port of the host that the guest can connect to. Deleting it frees the port.
+pub struct vmcore_vsock_listener {
+    listener: VsockListener,
 }
 
 impl vmcore_vsock {
@@ -71,6 +76,49 @@ pub extern "C" fn vmcore_vsock_connect(
             .map_err(|error| Error::os("connect", format_args!("port {port} of the guest"), error))?;
         put(Some(out), stream.into_raw_fd())
     })
+}
+
+/// Listens on a port of the host (CID 2): the guest's connections to it come here, and to no Unix socket. Up to 128
+/// wait to be accepted.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn vmcore_vsock_listen(
+    vsock: Option<&vmcore_vsock>,
+    port: u32,
+    out: Option<&mut MaybeUninit<*mut vmcore_vsock_listener>>,
+) -> Option<Box<vmcore_error>> {
+    guard(|| {
+        let out = need(out, "out")?;
+        let listener = need(vsock, "vsock")?
+            .handle
+            .listen(port)
+            .map_err(|error| Error::os("listen", format_args!("port {port} for the guest"), error))?;
+        give(Some(out), vmcore_vsock_listener { listener })
+    })
+}
+
+/// Waits for the guest's next connection, `milliseconds` at most; the descriptor of the stream is the caller's.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn vmcore_vsock_listener_accept(
+    listener: Option<&vmcore_vsock_listener>,
+    milliseconds: u64,
+    out: Option<&mut MaybeUninit<i32>>,
+) -> Option<Box<vmcore_error>> {
+    guard(|| {
+        let out = need(out, "out")?;
+        let listener = &need(listener, "listener")?.listener;
+        let stream = listener.accept(Duration::from_millis(milliseconds)).map_err(|error| {
+            Error::os("accept", format_args!("on port {} for the guest", listener.port()), error)
+        })?;
+        put(Some(out), stream.into_raw_fd())
+    })
+}
+
+/// Frees it, and the port.
+#[unsafe(no_mangle)]
+pub extern "C" fn vmcore_vsock_listener_delete(listener: Option<Box<vmcore_vsock_listener>>) {
+    drop(listener);
 }
 
 /// Frees the handle, and the device where no machine has it.

@@ -1,6 +1,11 @@
 /* Devices of the program's: at ports, at addresses, and virtio. */
 
-#include "check.h"
+#define _GNU_SOURCE
+#include "driver.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <unistd.h>
 
 typedef struct cell {
     uint8_t value;
@@ -54,6 +59,22 @@ static void bare_vm(void) {
     OK(vmcore_vcpu_run(vcpu, &end));
     OK(vmcore_vcpu_regs(vcpu, &regs));
     CHECK(end.kind == VMCORE_EXIT_HALTED && (regs.rbx & 0xff) == 6 && (regs.rcx & 0xff) == 7);
+    /* By its base, once; then nobody answers there, and the other place goes on. */
+    bool there = true;
+    OK(vmcore_vm_remove_ports(vm, 0x41, &there));
+    CHECK(!there);
+    OK(vmcore_vm_remove_ports(vm, 0x40, &there));
+    CHECK(there);
+    OK(vmcore_vm_remove_ports(vm, 0x40, &there));
+    CHECK(!there && state.dropped == 0);
+    OK(vmcore_vcpu_enter_real_mode(vcpu, 0x1000));
+    OK(vmcore_vcpu_run(vcpu, &end));
+    OK(vmcore_vcpu_regs(vcpu, &regs));
+    CHECK((regs.rbx & 0xff) == 0xff && (regs.rcx & 0xff) == 7);
+    OK(vmcore_vm_remove_mmio(vm, 0x20000, &there));
+    CHECK(there);
+    OK(vmcore_vm_remove_mmio(vm, 0x20000, &there));
+    CHECK(!there);
     vmcore_vm_delete(vm);
     vmcore_vcpu_delete(vcpu);
     CHECK(state.dropped == 1);
@@ -153,9 +174,152 @@ static void virtio(void) {
     vmcore_vsock_delete(vsock);
 }
 
+/* A device that gives the request back in capitals; its first requests it is not ready for. */
+typedef struct capitals {
+    atomic_uint served;
+    unsigned early, dropped;
+    uint64_t features;
+    vmcore_virtio *device;
+} capitals;
+
+static vmcore_served capitals_serve(void *user, uint16_t queue, vmcore_chain *chain) {
+    capitals *self = user;
+    uint8_t text[16];
+    size_t len = 0, written = 0;
+    CHECK(queue == 1);
+    CHECK(vmcore_chain_readable(chain) == 6 && vmcore_chain_writable(chain) == 8);
+    if (self->early > 0) {
+        self->early--;
+        return VMCORE_SERVED_LATER;
+    }
+    OK(vmcore_chain_read(chain, text, 4, &len));
+    CHECK(len == 4 && vmcore_chain_readable(chain) == 2);
+    OK(vmcore_chain_read(chain, text + 4, sizeof text - 4, &len));
+    CHECK(len == 2);
+    for (size_t i = 0; i < 6; i++) text[i] = (uint8_t)(text[i] - 'a' + 'A');
+    OK(vmcore_chain_write(chain, text, 6, &written));
+    CHECK(written == 6 && vmcore_chain_writable(chain) == 2);
+    atomic_fetch_add(&self->served, 1);
+    return VMCORE_SERVED_DONE;
+}
+
+static vmcore_error *capitals_activate(void *user, uint64_t features) {
+    ((capitals *)user)->features = features;
+    return NULL;
+}
+
+static void capitals_config(void *user, uint64_t offset, uint8_t *data, size_t len) {
+    (void)user;
+    for (size_t i = 0; i < len; i++) data[i] = (uint8_t)(offset + i + 1);
+}
+
+static void capitals_drop(void *user) { ((capitals *)user)->dropped++; }
+
+static void *waker(void *user) {
+    capitals *self = user;
+    while (atomic_load(&self->served) < 2) {
+        vmcore_virtio_wake(self->device);
+        usleep(1000);
+    }
+    return NULL;
+}
+
+/* A driver puts two requests on the second queue of a device in C, and reads its configuration. */
+static void served(void) {
+    static const vmcore_virtio_ops ops = {
+        .size = sizeof ops, .serve = capitals_serve, .read_config = capitals_config, .activate = capitals_activate,
+        .drop = capitals_drop};
+    const uint16_t sizes[] = {8, 64};
+    const char words[] = "vmcoredevice";
+    capitals self = {.early = 3};
+    driver driver;
+    vmcore_vm *vm = NULL;
+    vmcore_outcome outcome;
+    pthread_t thread;
+    uint8_t answers[16];
+    uint32_t config = 0;
+
+    OK(vmcore_virtio_new(42, 1ull << 32 | 1, sizes, 2, &ops, &self, &self.device));
+    vmcore_builder *builder = driver_builder(&driver);
+    OK(vmcore_builder_add_virtio(builder, self.device));
+    OK(vmcore_builder_build(builder, &vm));
+    driver_begin(&driver, vm, 2);
+    OK(vmcore_memory_write(driver.memory, DRIVER_DATA, (const uint8_t *)words, 12));
+    for (uint32_t i = 0; i < 2; i++) {
+        const piece pieces[] = {{DRIVER_DATA + 6 * i, 6, false}, {DRIVER_DATA + 0x100 + 8 * i, 8, true}};
+        driver_offer(&driver, 1, pieces, 2);
+    }
+    driver_notify(&driver, 1);
+    driver_await(&driver, 1);
+    /* mov eax, [window + 0x104]; mov [DRIVER_DATA + 0x200], eax */
+    driver_emit(&driver, "\xa1", 1), driver_word(&driver, (uint32_t)driver.window + 0x104);
+    driver_emit(&driver, "\xa3", 1), driver_word(&driver, DRIVER_DATA + 0x200);
+    driver_end(&driver, 7);
+    CHECK(pthread_create(&thread, NULL, waker, &self) == 0);
+    OK(vmcore_vm_run(vm, &outcome));
+    CHECK(outcome.kind == VMCORE_OUTCOME_EXIT && outcome.value == 7);
+    CHECK(pthread_join(thread, NULL) == 0);
+    OK(vmcore_memory_read(driver.memory, DRIVER_DATA + 0x100, answers, sizeof answers));
+    CHECK(memcmp(answers, "VMCORE\0\0DEVICE\0\0", 16) == 0);
+    CHECK(driver_written(&driver, 1, 0) == 6 && driver_written(&driver, 1, 1) == 6);
+    OK(vmcore_memory_read(driver.memory, DRIVER_DATA + 0x200, (uint8_t *)&config, sizeof config));
+    CHECK(config == 0x08070605);
+    vmcore_vm_delete(vm);
+    CHECK(driver_wanted(&driver, 1) == 2);
+    vmcore_memory_delete(driver.memory);
+    CHECK(atomic_load(&self.served) == 2 && self.early == 0 && self.features == (1ull << 32 | 1ull << 29));
+    vmcore_virtio_delete(self.device);
+    CHECK(self.dropped == 1);
+}
+
+/* The guest connects to a port of the host (virtio 1.2, section 5.10). */
+static void vsock(void) {
+    const struct {
+        uint64_t from, to;
+        uint32_t from_port, to_port, len;
+        uint16_t type, op;
+        uint32_t flags, room, taken;
+    } request = {3, 2, 1000, 5, 0, 1 /* stream */, 1 /* VIRTIO_VSOCK_OP_REQUEST */, 0, 65536, 0};
+    enum { PACKET = 44 };
+    const piece packet = {DRIVER_DATA, PACKET, false};
+    vmcore_vsock *vsock = NULL;
+    vmcore_vsock_listener *listener = NULL, *second = NULL;
+    vmcore_vm *vm = NULL;
+    vmcore_outcome outcome;
+    driver driver;
+    int stream = -1;
+
+    OK(vmcore_vsock_new(3, &vsock));
+    vmcore_builder *builder = driver_builder(&driver);
+    OK(vmcore_builder_add_vsock(builder, vsock));
+    OK(vmcore_builder_build(builder, &vm));
+    OK(vmcore_vsock_listen(vsock, 5, &listener));
+    FAILS(VMCORE_ERROR_OS, vmcore_vsock_listen(vsock, 5, &second));
+    FAILS(VMCORE_ERROR_OS, vmcore_vsock_listener_accept(listener, 1, &stream));
+    driver_begin(&driver, vm, 3);
+    OK(vmcore_memory_write(driver.memory, DRIVER_DATA, (const uint8_t *)&request, PACKET));
+    driver_offer(&driver, 1, &packet, 1);
+    driver_notify(&driver, 1);
+    driver_await(&driver, 1);
+    driver_end(&driver, 7);
+    OK(vmcore_vm_run(vm, &outcome));
+    CHECK(outcome.kind == VMCORE_OUTCOME_EXIT && outcome.value == 7);
+    OK(vmcore_vsock_listener_accept(listener, 10000, &stream));
+    CHECK(stream >= 0 && close(stream) == 0);
+    vmcore_vsock_listener_delete(listener);
+    OK(vmcore_vsock_listen(vsock, 5, &listener));
+    vmcore_memory_delete(driver.memory);
+    vmcore_vm_delete(vm);
+    vmcore_vsock_listener_delete(listener);
+    vmcore_vsock_listener_delete(NULL);
+    vmcore_vsock_delete(vsock);
+}
+
 int main(void) {
     bare_vm();
     built_vm();
     virtio();
+    served();
+    vsock();
     return 0;
 }

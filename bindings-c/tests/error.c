@@ -1,5 +1,5 @@
 /* Each kind of error, by its code. CONFLICT is in device.c; ENTRY_FAILED, which takes a KVM with registers that no KVM
- * accepts in the first place, is in src/error.rs. */
+ * accepts in the first place, is in src/error.rs. errors.rs sees to it that none is forgotten. */
 
 #define _GNU_SOURCE
 #include "check.h"

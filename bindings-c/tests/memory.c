@@ -2,6 +2,8 @@
 
 #include "check.h"
 
+#include <errno.h>
+
 /* mov byte [0x3000], 7; hlt */
 static const uint8_t CODE[] = {0xc6, 0x06, 0, 0x20, 7, 0xf4};
 
@@ -58,6 +60,39 @@ int main(void) {
     OK(vmcore_vm_map_region(vm, region));
     FAILS(VMCORE_ERROR_MEMORY, vmcore_memory_write(memory, 0x200000, data, 1));
     OK(vmcore_vm_unmap(vm, 0x200000));
+
+    /* A host without NUMA says so; one with it has node 0. */
+    const uint32_t nodes[] = {0, 9999};
+    OK(vmcore_region_new(0x300000, 0x1000, &region));
+    FAILS(VMCORE_ERROR_ARGUMENT, vmcore_region_set_numa(region, 9, nodes, 1));
+    FAILS(VMCORE_ERROR_ARGUMENT, vmcore_region_set_numa(region, VMCORE_NUMA_PREFERRED, nodes, 2));
+    FAILS(VMCORE_ERROR_ARGUMENT, vmcore_region_set_numa(region, VMCORE_NUMA_BIND, NULL, 1));
+    OK(vmcore_region_set_numa(region, VMCORE_NUMA_INTERLEAVE, nodes, 1));
+    OK(vmcore_region_set_numa(region, VMCORE_NUMA_DEFAULT, NULL, 0));
+    OK(vmcore_region_set_numa(region, VMCORE_NUMA_BIND, nodes, 1));
+    vmcore_error *error = vmcore_vm_map_region(vm, region);
+    CHECK(!error || vmcore_error_errno(error) == ENOSYS);
+    vmcore_error_delete(error);
+    OK(vmcore_region_new(0x400000, 0x1000, &region));
+    OK(vmcore_region_set_numa(region, VMCORE_NUMA_BIND, nodes, 2));
+    FAILS(VMCORE_ERROR_MEMORY, vmcore_vm_map_region(vm, region));
+    /* The memory of a built VM, as a region says. */
+    static const uint8_t HLT[] = {0xf4};
+    vmcore_vm *made = NULL;
+    vmcore_builder *builder = built(HLT, sizeof HLT);
+    OK(vmcore_region_new(0, 0, &region));
+    OK(vmcore_region_set_contents(region, HLT, sizeof HLT));
+    FAILS(VMCORE_ERROR_ARGUMENT, vmcore_builder_set_memory_like(builder, region));
+    OK(vmcore_region_set_contents(region, NULL, 0));
+    vmcore_region_set_memfd(region);
+    OK(vmcore_builder_set_memory_like(builder, region));
+    OK(vmcore_builder_build(builder, &made));
+    vmcore_vm_delete(made);
+    builder = built(HLT, sizeof HLT);
+    OK(vmcore_region_set_numa(region, VMCORE_NUMA_BIND, nodes, 2));
+    OK(vmcore_builder_set_memory_like(builder, region));
+    FAILS(VMCORE_ERROR_MEMORY, vmcore_builder_build(builder, &made));
+    vmcore_region_delete(region);
     OK(vmcore_region_new(0x300001, 0x1000, &region));
     FAILS(VMCORE_ERROR_MEMORY, vmcore_vm_map_region(vm, region));
 

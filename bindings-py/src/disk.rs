@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use pyo3::prelude::*;
 use vmdevices::block::{DiskError, DiskStats, Format, Image, Limits};
 use vmdevices::rate::Rate;
-use vmdevices::virtio::{CacheMode, DiskHandle};
+use vmdevices::virtio::{CacheMode, DiskHandle, OnError};
 
 use crate::error::{self, Raise};
 
@@ -57,7 +57,22 @@ impl Disk {
     }
 
     pub fn open(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        Self::new(py, path, None, false, false, Vec::new(), Vec::new(), "writeback", None, None, "", None)
+        Self::new(
+            py,
+            path,
+            None,
+            false,
+            false,
+            Vec::new(),
+            Vec::new(),
+            "writeback",
+            None,
+            None,
+            "",
+            None,
+            "report",
+            "report",
+        )
     }
 
     /// The disk, for a machine of `cpus` processors.
@@ -85,11 +100,25 @@ impl From<RateArg> for Rate {
     }
 }
 
+/// What becomes of a request that the host fails, by the names that vmrun has for it.
+fn on_error(what: &'static str, name: &str) -> PyResult<OnError> {
+    Ok(match name {
+        "report" => OnError::Report,
+        "stop" => OnError::Stop,
+        "enospc" => OnError::StopIfFull,
+        "ignore" => OnError::Ignore,
+        other => return Err(error::config(what, other, "report, stop, enospc and ignore are known")),
+    })
+}
+
 #[pymethods]
 impl Disk {
     /// Opens `path`. The format is raw unless said, but an image that looks like another is refused.
+    /// `on_read_error` and `on_write_error` say what becomes of reads, and of other requests, that the host
+    /// fails: the guest is told ("report"), the VM stops with `Outcome.IO_ERROR` and the next run tries again
+    /// ("stop", or "enospc" for want of room alone), or nobody is told ("ignore").
     #[new]
-    #[pyo3(signature = (path, *, format=None, read_only=false, direct=false, backing=Vec::new(), extents=Vec::new(), cache="writeback", iops=None, bps=None, serial="", queues=None))]
+    #[pyo3(signature = (path, *, format=None, read_only=false, direct=false, backing=Vec::new(), extents=Vec::new(), cache="writeback", iops=None, bps=None, serial="", queues=None, on_read_error="report", on_write_error="report"))]
     #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
     fn new(
         py: Python<'_>,
@@ -104,6 +133,8 @@ impl Disk {
         bps: Option<RateArg>,
         serial: &str,
         queues: Option<u16>,
+        on_read_error: &str,
+        on_write_error: &str,
     ) -> PyResult<Self> {
         let invalid = |what, value: &str, fix: String| error::config(what, value, fix);
         let format = format
@@ -117,6 +148,8 @@ impl Disk {
                 return Err(invalid("cache", other, "writeback, writethrough and unsafe are known".into()));
             }
         };
+        let reads = on_error("on_read_error", on_read_error)?;
+        let others = on_error("on_write_error", on_write_error)?;
         let limits = Limits { operations: iops.map(Rate::from), bytes: bps.map(Rate::from) };
         let disk = py.detach(|| -> Result<_, DiskError> {
             let mut image = match format {
@@ -150,7 +183,7 @@ impl Disk {
                 image = image.direct();
             }
             image = extents.iter().fold(image, |image, path| image.extent(path));
-            Ok(vmdevices::Disk::image(image)?.id(serial)?.cache(cache).limits(limits))
+            Ok(vmdevices::Disk::image(image)?.id(serial)?.cache(cache).limits(limits).on_error(reads, others))
         });
         let disk = disk.raise()?;
         let handle = Handle(Arc::new(Mutex::new(Use::Open(disk.handle()))));
@@ -176,6 +209,15 @@ impl Disk {
             Use::Closed { .. } => return Err(error::closed("a disk")),
         };
         py.detach(|| handle.resize(size)).raise()
+    }
+
+    /// Why the disk stopped its VM, in words, until the VM runs again; None where it did not.
+    #[getter]
+    fn stopped(&self) -> Option<String> {
+        match &*self.handle.of() {
+            Use::Open(handle) => handle.stopped().map(|stop| stop.message),
+            Use::Closed { .. } => None,
+        }
     }
 
     /// What the guest did with it.

@@ -10,7 +10,7 @@ use vmcore::boot::BootError;
 use vmcore::memory::MemoryError;
 use vmdevices::block::DiskError;
 use vmdevices::console::ExpectError;
-use vmdevices::net::NatError;
+use vmdevices::net::{NatError, TapError};
 
 /// `.raise()?` in place of `?`, for results of the engine.
 pub trait Raise<T> {
@@ -29,7 +29,7 @@ pub fn exception(error: &vmcore::Error) -> PyErr {
     let text = error.to_string();
     let (class, code, errno) = classify(error);
     let attributes = |dict: &Bound<'_, PyDict>| attributes(dict, error);
-    make(class, &code, &text, fix(error, &text), errno, attributes)
+    make(class, &code, &text, error.fix(), errno, attributes)
 }
 
 /// The exception for a console that did not say what was expected.
@@ -104,22 +104,6 @@ fn make(
     })
 }
 
-/// What the error says is to be done: the last part of its text, as every message here has it.
-fn fix<'a>(error: &'a vmcore::Error, text: &'a str) -> Option<&'a str> {
-    use vmcore::Error;
-    match error {
-        Error::Emulation(failure) => Some(failure.hint.as_str()),
-        Error::EntryFailed { .. } => text.rsplit_once("; ").map(|(_, fix)| fix),
-        Error::BackendUnusable { fix, .. } | Error::Unsupported { fix, .. } | Error::Config { fix, .. } => {
-            Some(fix.as_str())
-        }
-        Error::WrongState { fix, .. } => Some(*fix),
-        Error::State { .. } => None,
-        _ => text.rsplit_once("; ").map(|(_, fix)| fix),
-    }
-    .filter(|fix| !fix.is_empty())
-}
-
 fn classify(error: &vmcore::Error) -> (&'static str, String, Option<i32>) {
     use vmcore::Error;
     let class = match error {
@@ -176,6 +160,16 @@ fn device(source: &(dyn std::error::Error + Send + Sync + 'static)) -> (&'static
         };
         let class = if errno.is_some() { "NatHostError" } else { "NatError" };
         return (class, format!("nat.{}", variant(error)), errno);
+    }
+    if let Some(error) = source.downcast_ref::<TapError>() {
+        let errno = match error {
+            TapError::Driver { source }
+            | TapError::Unsuitable { source, .. }
+            | TapError::Host { source, .. } => source.raw_os_error(),
+            _ => None,
+        };
+        let class = if errno.is_some() { "DeviceHostError" } else { "DeviceError" };
+        return (class, format!("tap.{}", variant(error)), errno);
     }
     match source.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
         Some(errno) => ("DeviceHostError", "device".into(), Some(errno)),

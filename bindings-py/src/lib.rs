@@ -8,10 +8,12 @@ mod balloon;
 mod boot;
 mod callback;
 mod console;
+mod cpuid;
 mod device;
 mod disk;
 mod error;
 mod host;
+mod map;
 mod memory;
 mod net;
 mod outcome;
@@ -38,6 +40,8 @@ mod _native {
     use crate::balloon::Balloon;
     #[pymodule_export]
     use crate::console::Console;
+    #[pymodule_export]
+    use crate::cpuid::of_host;
     #[pymodule_export]
     use crate::device::{Control, IrqLine, Machine};
     #[pymodule_export]

@@ -12,6 +12,7 @@ use vmdevices::net::{
     Stream, Tap,
 };
 use vmdevices::rate::Rate;
+use vmdevices::virtio::NetHandle;
 
 use crate::error::{self, Raise};
 
@@ -19,6 +20,7 @@ use crate::error::{self, Raise};
 #[pyclass(frozen, module = "vmcore")]
 pub struct Net {
     card: Mutex<Option<vmdevices::Net>>,
+    handle: NetHandle,
     nat: Option<NatHandle>,
     kind: &'static str,
 }
@@ -36,10 +38,10 @@ impl Net {
         nat: Option<NatHandle>,
     ) -> PyResult<Self> {
         let card = card.make(queues)?;
-        Ok(Self { card: Mutex::new(Some(card)), nat, kind })
+        Ok(Self { handle: card.handle(), card: Mutex::new(Some(card)), nat, kind })
     }
 
-    fn handle(&self) -> PyResult<&NatHandle> {
+    fn nat_handle(&self) -> PyResult<&NatHandle> {
         let fix = "make the card with Net.nat";
         self.nat.as_ref().ok_or_else(|| error::config("network of NAT calls", self.kind, fix))
     }
@@ -207,29 +209,55 @@ impl Net {
     /// was 0.
     fn forward(&self, forward: &str) -> PyResult<String> {
         let forward: Forward = forward.parse().raise()?;
-        Ok(self.handle()?.forward(forward).raise()?.to_string())
+        Ok(self.nat_handle()?.forward(forward).raise()?.to_string())
     }
 
     /// Ends a forward; whether it was there. Its connections go on.
     fn remove_forward(&self, forward: &str) -> PyResult<bool> {
-        Ok(self.handle()?.remove_forward(&forward.parse().raise()?))
+        Ok(self.nat_handle()?.remove_forward(&forward.parse().raise()?))
     }
 
     /// The forwards that there are, of a NAT.
     #[getter]
     fn forwards(&self) -> PyResult<Vec<String>> {
-        Ok(self.handle()?.forwards().iter().map(ToString::to_string).collect())
+        Ok(self.nat_handle()?.forwards().iter().map(ToString::to_string).collect())
     }
 
     /// The rules of a NAT, with how many flows each has decided.
     #[getter]
     fn rules(&self) -> PyResult<Vec<(String, u64)>> {
-        Ok(self.handle()?.rules().into_iter().map(|rule| (rule.rule, rule.flows)).collect())
+        Ok(self.nat_handle()?.rules().into_iter().map(|rule| (rule.rule, rule.flows)).collect())
+    }
+
+    /// The packets and bytes that went through the card. Bytes are those of Ethernet frames; a packet to be cut
+    /// into segments counts once.
+    fn counters(&self) -> BTreeMap<&'static str, u64> {
+        let c = self.handle.counters();
+        BTreeMap::from([
+            ("received_packets", c.received_packets),
+            ("received_bytes", c.received_bytes),
+            ("received_dropped", c.received_dropped),
+            ("received_filtered", c.received_filtered),
+            ("sent_packets", c.sent_packets),
+            ("sent_bytes", c.sent_bytes),
+            ("sent_dropped", c.sent_dropped),
+        ])
+    }
+
+    /// Whether the cable is plugged in; may be set while the guest runs, which is told.
+    #[getter]
+    fn link(&self) -> bool {
+        self.handle.link()
+    }
+
+    #[setter]
+    fn set_link(&self, up: bool) {
+        self.handle.set_link(up);
     }
 
     /// What a NAT has done.
     fn stats(&self) -> PyResult<BTreeMap<&'static str, u64>> {
-        let s = self.handle()?.stats();
+        let s = self.nat_handle()?.stats();
         Ok(BTreeMap::from([
             ("frames_sent", s.frames_sent),
             ("bytes_sent", s.bytes_sent),
@@ -255,7 +283,7 @@ impl Net {
 }
 
 /// A descriptor of our own for the file that Python has.
-fn duplicate(fd: &Bound<'_, PyAny>) -> PyResult<OwnedFd> {
+pub fn duplicate(fd: &Bound<'_, PyAny>) -> PyResult<OwnedFd> {
     let number: RawFd = fd.py().import("os")?.call_method1("dup", (fileno(fd)?,))?.extract()?;
     #[expect(unsafe_code, reason = "a number is all that Python has of it")]
     // SAFETY: os.dup has just made it, and nothing else knows it.

@@ -35,6 +35,10 @@ impl Outcome {
     fn INSTRUCTION_LIMIT() -> Self {
         Self(vmcore::Outcome::InstructionLimit)
     }
+    #[classattr]
+    fn IO_ERROR() -> Self {
+        Self(vmcore::Outcome::IoError)
+    }
 
     /// The guest wrote `code` to the exit port.
     #[staticmethod]
@@ -43,8 +47,8 @@ impl Outcome {
         Self(vmcore::Outcome::Exit(code))
     }
 
-    /// Which of them: "power_off", "reset", "exit", "panicked", "halted", "stopped", "time_limit" or
-    /// "instruction_limit".
+    /// Which of them: "power_off", "reset", "exit", "panicked", "halted", "stopped", "time_limit",
+    /// "instruction_limit" or "io_error".
     #[getter]
     fn kind(&self) -> &'static str {
         match self.0 {
@@ -56,6 +60,7 @@ impl Outcome {
             vmcore::Outcome::Stopped => "stopped",
             vmcore::Outcome::TimeLimit => "time_limit",
             vmcore::Outcome::InstructionLimit => "instruction_limit",
+            vmcore::Outcome::IoError => "io_error",
             _ => "other",
         }
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use vmcore::boot::Boot;
 use vmcore::cpuid::CpuModel;
+use vmcore::memory::RegionBuilder;
 use vmcore::{Accel, Deterministic};
 use vmdevices::Pc;
 
@@ -71,6 +72,7 @@ pub enum BalloonArg {
 pub struct Plan {
     pub accel: Accel,
     pub memory: u64,
+    pub backed: Box<dyn Fn(RegionBuilder) -> RegionBuilder + Send>,
     pub cpus: u32,
     pub cpu: CpuModel,
     pub irqchip: bool,
@@ -90,6 +92,7 @@ impl Plan {
         let mut builder = vmcore::Vm::builder()
             .accel(self.accel)
             .memory(self.memory)
+            .configure_memory(self.backed)
             .cpus(self.cpus)
             .cpu_model(self.cpu)
             .irqchip(self.irqchip)

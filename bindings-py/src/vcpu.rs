@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::time::Instant;
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -9,6 +10,7 @@ use vmcore::backend::DebugConfig;
 use vmcore::{GuestAddress, Io, VcpuExit as Exit};
 
 use crate::callback::{self, Sink, Stopper};
+use crate::cpuid;
 use crate::error::{self, Raise};
 use crate::outcome::VcpuExit;
 use crate::stats;
@@ -84,15 +86,16 @@ impl Vcpu {
         }
     }
 
-    /// Runs until something happens that is not a look for signals.
+    /// Runs until something happens that is not a look for signals, or `due`.
     fn run_until(
         &self,
         py: Python<'_>,
+        due: Option<Instant>,
         mut run: impl FnMut(&mut vmcore::Vcpu) -> vmcore::Result<Exit> + Send,
     ) -> PyResult<VcpuExit> {
         let mut vcpu = self.lock()?;
-        let ticks = if wait::handles_signals(py)? {
-            Some(Ticks::of(self.stopper.handle.clone()).raise()?)
+        let ticks = if due.is_some() || wait::handles_signals(py)? {
+            Some(Ticks::of(self.stopper.handle.clone(), due).raise()?)
         } else {
             None
         };
@@ -106,6 +109,9 @@ impl Vcpu {
             let exit = exit.raise()?;
             py.check_signals()?;
             if exit != Exit::Kicked || self.stopper.asked.swap(false, Ordering::SeqCst) {
+                break exit;
+            }
+            if due.is_some_and(|due| due <= Instant::now()) {
                 break exit;
             }
         };
@@ -126,22 +132,23 @@ impl Vcpu {
     /// kicked, or stops for another reason. The functions answer all of its I/O: `port_read(port, size)` and
     /// `mmio_read(address, size)` give a number, `size` bytes or None for all ones, `port_write(port, data)`
     /// and `mmio_write(address, data)` take bytes. Without any of them the VM's devices answer. What one
-    /// raises ends the run and comes out of it.
-    #[pyo3(signature = (*, port_read=None, port_write=None, mmio_read=None, mmio_write=None))]
+    /// raises ends the run and comes out of it. After `timeout` seconds it is kicked.
+    #[pyo3(signature = (timeout=None, *, port_read=None, port_write=None, mmio_read=None, mmio_write=None))]
     fn run(
         &self,
         py: Python<'_>,
+        timeout: Option<f64>,
         port_read: Option<Py<PyAny>>,
         port_write: Option<Py<PyAny>>,
         mmio_read: Option<Py<PyAny>>,
         mmio_write: Option<Py<PyAny>>,
     ) -> PyResult<VcpuExit> {
         let handlers = Handlers { port_read, port_write, mmio_read, mmio_write };
-        let sink = &self.sink;
+        let (sink, due) = (&self.sink, wait::deadline(timeout)?);
         if handlers.any() {
-            self.run_until(py, |vcpu| vcpu.run_with(|io| handlers.answer(sink, io)))
+            self.run_until(py, due, |vcpu| vcpu.run_with(|io| handlers.answer(sink, io)))
         } else {
-            self.run_until(py, vmcore::Vcpu::run)
+            self.run_until(py, due, vmcore::Vcpu::run)
         }
     }
 
@@ -179,6 +186,18 @@ impl Vcpu {
     #[pyo3(signature = (*, single_step=false, software_breakpoints=false))]
     fn set_debug(&self, single_step: bool, software_breakpoints: bool) -> PyResult<()> {
         self.lock()?.set_debug(&DebugConfig { single_step, software_breakpoints, hardware: None }).raise()
+    }
+
+    /// What CPUID tells the guest: by leaf and subleaf, which is None of a leaf without, EAX, EBX, ECX and EDX.
+    /// Set it before the first run.
+    #[getter]
+    fn cpuid(&self) -> PyResult<cpuid::Table> {
+        Ok(cpuid::table(&self.lock()?.cpuid().raise()?))
+    }
+
+    #[setter]
+    fn set_cpuid(&self, table: cpuid::Table) -> PyResult<()> {
+        self.lock()?.set_cpuid(&cpuid::cpuid(table)).raise()
     }
 
     /// The guest-physical address of a guest-virtual one; None where nothing is mapped.

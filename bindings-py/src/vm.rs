@@ -7,7 +7,7 @@ use pyo3::exceptions::PyResourceWarning;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use vmcore::backend::BackendConfig;
-use vmcore::{Accel, Deterministic, GuestAddress, GuestMemory, MemoryRegion};
+use vmcore::{Accel, Deterministic, GuestAddress, GuestMemory, Msi};
 use vmdevices::legacy::PowerButton;
 use vmdevices::{Pc, Rng};
 
@@ -15,10 +15,11 @@ use crate::balloon::Balloon;
 use crate::boot::{self, Image, Transport, virtio_attachment};
 use crate::callback::{self, Sink};
 use crate::console::{Console, Destination, Talk};
-use crate::device::PythonBus;
+use crate::device::{IrqLine, PythonBus};
 use crate::disk::{Disk, Handle};
 use crate::error::{self, Raise};
 use crate::host::escape;
+use crate::map;
 use crate::memory::Memory;
 use crate::net::Net;
 use crate::outcome::Outcome;
@@ -139,7 +140,7 @@ impl Vm {
     }
 
     /// Does something with the VM, where no run has it.
-    fn with<T: Send>(
+    pub fn with<T: Send>(
         &self,
         py: Python<'_>,
         op: &'static str,
@@ -205,7 +206,7 @@ impl Vm {
     #[new]
     #[pyo3(signature = (
         *, kernel=None, initrd=None, cmdline="", entry="auto", memory=Size::Bytes(128 << 20), cpus=1, cpu="best",
-        accel="auto", irqchip=true, acpi=true, tsc_khz=None, deterministic=None, pc=true, console=None, exit_port=None,
+        accel="auto", irqchip=true, acpi=true, huge_pages="default", numa=None, tsc_khz=None, deterministic=None, pc=true, console=None, exit_port=None,
         disks=Vec::new(), nets=Vec::new(), rng=true, balloon=None, vsock=None, transport="mmio", devices=Vec::new()
     ))]
     #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
@@ -222,6 +223,8 @@ impl Vm {
         accel: &str,
         irqchip: bool,
         acpi: bool,
+        huge_pages: &str,
+        numa: Option<(String, Vec<u32>)>,
         tsc_khz: Option<u32>,
         deterministic: Option<u64>,
         pc: bool,
@@ -303,6 +306,7 @@ impl Vm {
         let plan = Plan {
             accel,
             memory,
+            backed: Box::new(map::settings(huge_pages, numa)?),
             cpus,
             cpu,
             irqchip,
@@ -472,40 +476,6 @@ impl Vm {
         self.inner.closed.load(Ordering::SeqCst)
     }
 
-    /// Makes `length` bytes from `base` guest memory.
-    #[pyo3(signature = (base, length, *, read_only=false, track_dirty=false))]
-    fn map(
-        &self,
-        py: Python<'_>,
-        base: u64,
-        length: u64,
-        read_only: bool,
-        track_dirty: bool,
-    ) -> PyResult<()> {
-        self.with(py, "map memory", |vm| {
-            let mut region = MemoryRegion::builder(GuestAddress(base), length);
-            if read_only {
-                region = region.read_only();
-            }
-            if track_dirty {
-                region = region.track_dirty();
-            }
-            vm.map(region.build()?)
-        })
-    }
-
-    /// Takes the memory that begins at `base` away from the guest.
-    fn unmap(&self, py: Python<'_>, base: u64) -> PyResult<()> {
-        self.with(py, "unmap memory", |vm| vm.unmap(GuestAddress(base)).map(drop))
-    }
-
-    /// Offsets of the pages of the region at `base` that were written since the last call.
-    fn take_dirty(&self, py: Python<'_>, base: u64) -> PyResult<Vec<u64>> {
-        self.with(py, "take dirty pages", |vm| {
-            Ok(vm.take_dirty(GuestAddress(base))?.dirty_offsets().collect())
-        })
-    }
-
     /// Makes vCPU number `id`, to be run by the caller.
     #[pyo3(signature = (id=0))]
     fn create_vcpu(&self, py: Python<'_>, id: u32) -> PyResult<Vcpu> {
@@ -537,6 +507,16 @@ impl Vm {
     /// Takes the device at address `base` away; whether there was one.
     fn remove_mmio(&self, base: u64) -> PyResult<bool> {
         Ok(self.open()?.buses()?.mmio.remove(base).is_some())
+    }
+
+    /// The wire into global system interrupt `gsi`, 0 to 23, of a VM with interrupt controllers.
+    fn irq_line(&self, py: Python<'_>, gsi: u32) -> PyResult<IrqLine> {
+        self.with(py, "make a wire", |vm| Ok(IrqLine(vm.irq_line(gsi))))
+    }
+
+    /// Delivers a message-signalled interrupt: a write of `data` to `address`.
+    fn send_msi(&self, py: Python<'_>, address: u64, data: u32) -> PyResult<()> {
+        self.with(py, "send a message", |vm| vm.send_msi(Msi { address, data }))
     }
 
     /// Stops the guest and frees everything. More than once does nothing.

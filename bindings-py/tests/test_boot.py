@@ -14,7 +14,7 @@ from conftest import guests
 import vmcore
 import vmcore.aio
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "boot_linux.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "boot_linux.py"
 
 
 def test_linux_with_a_disk_is_talked_to(tmp_path: Path) -> None:

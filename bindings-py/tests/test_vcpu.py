@@ -95,6 +95,73 @@ def test_a_kick_from_another_thread_ends_the_run(bare: vmcore.Vm) -> None:
     assert vcpu.run() == vmcore.VcpuExit.KICKED
 
 
+def test_a_run_ends_when_its_time_is_over(bare: vmcore.Vm) -> None:
+    vcpu = vcpu_at(bare, LOOP)
+    for timeout in (0.0, 0.01, 0.3):
+        begin = time.monotonic()
+        assert vcpu.run(timeout) == vmcore.VcpuExit.KICKED
+        assert timeout <= time.monotonic() - begin < timeout + 20
+    # On another thread, where nobody looks for signals, and with functions that answer.
+    ends: list[vmcore.VcpuExit] = []
+    thread = threading.Thread(target=lambda: ends.append(vcpu.run(timeout=0.05, port_read=lambda port, size: 0)))
+    thread.start()
+    thread.join(20)
+    assert ends == [vmcore.VcpuExit.KICKED]
+    with pytest.raises(vmcore.ConfigError):
+        vcpu.run(timeout=float("inf"))
+    # Time that is left does not end another run.
+    vcpu = bare.create_vcpu(1)
+    bare.memory.write(0x2000, b"\xf4")
+    vcpu.enter_real_mode(0x2000)
+    assert vcpu.run(timeout=3600) == vmcore.VcpuExit.HALTED
+
+
+def test_cpuid_is_a_dict(bare: vmcore.Vm, accel: str) -> None:
+    # mov eax, 0x80000002; cpuid; hlt
+    vcpu = vcpu_at(bare, b"\x66\xb8\x02\x00\x00\x80\x0f\xa2\xf4")
+    supported = vmcore.cpuid(accel)
+    table = vmcore.cpuid(accel, model="v1", cpus=2, id=1)
+    assert len(supported) > 10 and table[1, None][1] >> 24 == 1
+    table[0x80000002, None] = (0x6D756E61, 1, 2, 3)
+    vcpu.cpuid = table
+    assert vcpu.cpuid[0x80000002, None] == (0x6D756E61, 1, 2, 3)
+    vcpu.run()
+    assert [vcpu.rax, vcpu.rbx, vcpu.rcx, vcpu.rdx] == [0x6D756E61, 1, 2, 3]
+    with pytest.raises(vmcore.ConfigError):
+        vmcore.cpuid(accel, model="v9")
+
+
+@pytest.mark.parametrize("pulse", [True, False])
+def test_a_wire_interrupts_a_bare_vcpu(pulse: bool) -> None:
+    with vmcore.Vm.bare(accel="soft", irqchip=True) as vm:
+        vm.map(0, 0x10000)
+        line = vm.irq_line(5)
+        # The 8259A: vectors from 0x20, nothing masked; sti; out 0x98, al; wait: hlt; jmp wait
+        ports = [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 0)]
+        code = b"".join(bytes([0xB0, value, 0xE6, port]) for port, value in ports) + b"\xfb\xe6\x98\xf4\xeb\xfd"
+        vcpu = vcpu_at(vm, code)
+        # Interrupt 0x25: out 0x99, al; hlt
+        vm.memory.write_struct(4 * 0x25, "<HH", 0x40, 0x100)
+        vm.memory.write(0x1040, b"\xe6\x99\xf4")
+        seen = []
+
+        def write(port: int, data: bytes) -> None:
+            seen.append(port)
+            if port == 0x99:
+                vcpu.kick()
+            elif pulse:
+                line.pulse()
+            else:
+                line.set_level(True)
+
+        assert vcpu.run(port_write=write) == vmcore.VcpuExit.KICKED
+        assert (seen, line.level) == ([0x98, 0x99], not pulse)
+        # To LAPIC 0, vector 0x40.
+        vm.send_msi(0xFEE00000, 0x40)
+    with vmcore.Vm.bare(accel="soft") as vm, pytest.raises(vmcore.Error):
+        vm.send_msi(0xFEE00000, 0x40)
+
+
 def test_other_threads_run_meanwhile_and_are_told_that_it_runs(bare: vmcore.Vm) -> None:
     vcpu = vcpu_at(bare, LOOP)
     thread = threading.Thread(target=vcpu.run)

@@ -109,6 +109,8 @@ pub enum Error {
         id: String,
         /// What it said.
         source: Box<dyn std::error::Error + Send + Sync>,
+        /// The part of that which says what to do, where the device knows.
+        fix: Option<String>,
     },
 }
 
@@ -137,7 +139,16 @@ impl Error {
         id: impl Into<String>,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
-        Error::Device { id: id.into(), source: source.into() }
+        Error::Device { id: id.into(), source: source.into(), fix: None }
+    }
+
+    /// What to do about an error of a device; nothing changes for others. `fix` is a part of the device's text.
+    #[must_use]
+    pub fn with_fix(mut self, what: Option<impl Into<String>>) -> Self {
+        if let Error::Device { fix, .. } = &mut self {
+            *fix = what.map(Into::into);
+        }
+        self
     }
 
     /// Which kind of error it is, in a word or two that stay the same: the variant's name in lower case, words joined by
@@ -174,7 +185,8 @@ impl Error {
             Error::Memory(error) => return error.fix(),
             Error::Boot(error) => return error.fix(),
             Error::State { .. } => return None,
-            Error::Device { source, .. } => return source.downcast_ref::<Error>()?.fix(),
+            Error::Device { fix: Some(fix), .. } => fix,
+            Error::Device { source, fix: None, .. } => return source.downcast_ref::<Error>()?.fix(),
         };
         Some(fix).filter(|fix| !fix.is_empty())
     }
@@ -258,5 +270,7 @@ mod tests {
         assert_eq!(boot.fix(), Some("check the path and its permissions"));
         let text = Error::device("disk", "is gone");
         assert_eq!((text.errno(), text.fix()), (None, None));
+        assert_eq!(text.with_fix(Some("plug it in")).fix(), Some("plug it in"));
+        assert_eq!(boot.with_fix(Some("plug it in")).fix(), Some("check the path and its permissions"));
     }
 }

@@ -216,6 +216,14 @@ impl Vcpu {
         self.inner.set_cpuid(cpuid)
     }
 
+    /// What CPUID tells the guest.
+    ///
+    /// # Errors
+    /// Where the host refuses.
+    pub fn cpuid(&self) -> Result<Cpuid> {
+        Ok(self.save()?.cpuid)
+    }
+
     /// Frequency of the guest's TSC in kHz, where it is known.
     pub fn tsc_khz(&self) -> Option<u32> {
         self.inner.tsc_khz()

@@ -65,6 +65,7 @@ from vmcore._native import (
     VsockListener,
     __version__,
     check,
+    cpuid,
 )
 from vmcore.devices import Device, MmioDevice, PortDevice, VirtioDevice
 
@@ -123,4 +124,5 @@ __all__ = [
     "WrongStateError",
     "__version__",
     "check",
+    "cpuid",
 ]

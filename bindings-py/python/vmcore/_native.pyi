@@ -16,6 +16,7 @@ from vmcore.devices import Device, VirtioDevice
 
 _Path: TypeAlias = str | PathLike[str]
 _Rate: TypeAlias = int | tuple[int, int]
+_Cpuid: TypeAlias = dict[tuple[int, int | None], tuple[int, int, int, int]]
 _S = TypeVar("_S", bound=Structure)
 
 class _Bus(Protocol):
@@ -52,11 +53,15 @@ __all__ = [
     "__version__",
     "_close_all",
     "check",
+    "cpuid",
 ]
 
 __version__: str
 
 def check() -> Report: ...
+def cpuid(
+    accel: str = "auto", *, model: str | None = None, cpus: int = 1, id: int = 0, irqchip: bool = False
+) -> _Cpuid: ...
 def _close_all() -> None: ...
 @final
 class Outcome:
@@ -66,6 +71,7 @@ class Outcome:
     STOPPED: ClassVar[Outcome]
     TIME_LIMIT: ClassVar[Outcome]
     INSTRUCTION_LIMIT: ClassVar[Outcome]
+    IO_ERROR: ClassVar[Outcome]
     @staticmethod
     def exit(code: int, /) -> Outcome: ...
     @property
@@ -251,16 +257,21 @@ class Disk:
         bps: _Rate | None = None,
         serial: str = "",
         queues: int | None = None,
+        on_read_error: str = "report",
+        on_write_error: str = "report",
     ) -> Self: ...
     @property
     def path(self) -> Path: ...
     @property
     def size(self) -> int: ...
     def resize(self, size: int) -> None: ...
+    @property
+    def stopped(self) -> str | None: ...
     def stats(self) -> dict[str, int]: ...
 
 @final
 class Net:
+    link: bool
     @staticmethod
     def nat(
         *,
@@ -309,6 +320,7 @@ class Net:
     def forwards(self) -> list[str]: ...
     @property
     def rules(self) -> list[tuple[str, int]]: ...
+    def counters(self) -> dict[str, int]: ...
     def stats(self) -> dict[str, int]: ...
 
 @final
@@ -401,10 +413,12 @@ class Vcpu:
     cr8: int
     efer: int
     apic_base: int
+    cpuid: _Cpuid
     @property
     def id(self) -> int: ...
     def run(
         self,
+        timeout: float | None = None,
         *,
         port_read: Callable[[int, int], int | bytes | None] | None = None,
         port_write: Callable[[int, bytes], object] | None = None,
@@ -436,6 +450,8 @@ class Vm:
         accel: str = "auto",
         irqchip: bool = True,
         acpi: bool = True,
+        huge_pages: str = "default",
+        numa: tuple[str, Sequence[int]] | None = None,
         tsc_khz: int | None = None,
         deterministic: int | None = None,
         pc: bool = True,
@@ -482,7 +498,22 @@ class Vm:
     def cpus(self) -> int: ...
     @property
     def closed(self) -> bool: ...
-    def map(self, base: int, length: int, *, read_only: bool = False, track_dirty: bool = False) -> None: ...
+    def map(
+        self,
+        base: int,
+        length: int,
+        *,
+        read_only: bool = False,
+        track_dirty: bool = False,
+        mergeable: bool = False,
+        prefault: bool = False,
+        huge_pages: str = "default",
+        numa: tuple[str, Sequence[int]] | None = None,
+        memfd: bool = False,
+        file: int | _FileLike | None = None,
+        offset: int = 0,
+        shared: bool = False,
+    ) -> None: ...
     def unmap(self, base: int) -> None: ...
     def take_dirty(self, base: int) -> list[int]: ...
     def create_vcpu(self, id: int = 0) -> Vcpu: ...
@@ -490,6 +521,8 @@ class Vm:
     def add_mmio(self, base: int, length: int, device: _Bus) -> None: ...
     def remove_ports(self, base: int) -> bool: ...
     def remove_mmio(self, base: int) -> bool: ...
+    def irq_line(self, gsi: int) -> IrqLine: ...
+    def send_msi(self, address: int, data: int) -> None: ...
     def close(self) -> None: ...
     def _repr_html_(self) -> str: ...
     def __enter__(self) -> Self: ...

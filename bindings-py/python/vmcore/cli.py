@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import vmcore
@@ -49,6 +49,12 @@ def _rate(text: str) -> int | tuple[int, int]:
     return (_number(rate), _number(burst)) if slash else _number(rate)
 
 
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number of instructions from 1")
+    return int(text)
+
+
 def _port(text: str) -> int:
     try:
         return int(text, 0)
@@ -69,6 +75,8 @@ def _disk(text: str) -> dict[str, Any]:
             disk["direct"] = True
         elif equals and key in ("format", "cache", "serial"):
             disk[key] = value
+        elif equals and key in ("rerror", "werror"):
+            disk["on_read_error" if key == "rerror" else "on_write_error"] = value
         elif equals and key == "queues" and value.isdigit():
             disk[key] = int(value)
         elif equals and key in ("iops", "bps"):
@@ -78,7 +86,7 @@ def _disk(text: str) -> dict[str, Any]:
         elif value and key == "extent":
             disk["extents"].append(value)
         else:
-            known = "format= ro backing= extent= cache= direct iops= bps= queues=N serial="
+            known = "format= ro backing= extent= cache= direct rerror= werror= iops= bps= queues=N serial="
             raise argparse.ArgumentTypeError(f"no option {option!r}; known are: {known}")
     return disk
 
@@ -162,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-acpi", action="store_true", help="no ACPI tables")
     add("--stats", metavar="FILE", help="write statistics to FILE as JSON")
     add("--deterministic", metavar="SEED", type=int, nargs="?", const=0, help="do the same in every run")
+    add("--checkpoint-every", metavar="N", type=_count, help="with --deterministic: tell the state every N instructions")
     add("--no-status", action="store_true", help="no status line on a terminal")
     return parser
 
@@ -180,7 +189,7 @@ def _console(text: str) -> Any:
     return text if text == "stdio" else "file:" + text
 
 
-def _vm(args: argparse.Namespace) -> vmcore.Vm:
+def _vm(args: argparse.Namespace, disks: list[vmcore.Disk]) -> vmcore.Vm:
     nets: list[vmcore.Net | str] = []
     if args.net is not None:
         kind, name, card = args.net
@@ -204,7 +213,7 @@ def _vm(args: argparse.Namespace) -> vmcore.Vm:
         deterministic=args.deterministic,
         console=_console(args.console),
         exit_port=args.exit_port or None,
-        disks=[vmcore.Disk(disk.pop("path"), **disk) for disk in args.disk],
+        disks=disks,
         nets=nets,
         balloon=None if args.balloon is None else vmcore.Balloon(args.balloon),
         vsock=None if args.vsock is None else vmcore.Vsock(*args.vsock),
@@ -239,16 +248,49 @@ def _exit_status(outcome: vmcore.Outcome) -> int:
     return statuses.get(outcome.kind, 1)
 
 
+def _run_with_checkpoints(vm: vmcore.Vm, every: int) -> vmcore.Outcome:
+    """Runs to the guest's end, and says every so many instructions and there what state it is in."""
+    while True:
+        outcome = vm.run_instructions(every)
+        with vm.pause() as pause:
+            print(f"checkpoint {vm.instructions} {pause.state_hash()}", end="\r\n", file=sys.stderr, flush=True)
+        if outcome != vmcore.Outcome.INSTRUCTION_LIMIT:
+            return outcome
+
+
+#: Seconds that the guest waits before what a disk could not do is tried again.
+_RETRY = 1.0
+
+
+def _until_the_host_is_well(disks: list[vmcore.Disk], run: Callable[[], vmcore.Outcome]) -> vmcore.Outcome:
+    """Calls `run` again and again while disks stop the guest, and says why they do."""
+    told = None
+    while (outcome := run()) == vmcore.Outcome.IO_ERROR:
+        stopped = next(((disk.path, disk.stopped) for disk in disks if disk.stopped is not None), None)
+        if stopped is not None and stopped != told:
+            print(f"vmcore: the guest waits for {stopped[0]}: {stopped[1]}", end="\r\n", file=sys.stderr, flush=True)
+            told = stopped
+        time.sleep(_RETRY)
+    return outcome
+
+
 def _run(args: argparse.Namespace) -> int:
     begin = time.monotonic()
-    with _vm(args) as vm:
+    disks = [vmcore.Disk(disk.pop("path"), **disk) for disk in args.disk]
+    with _vm(args, disks) as vm:
         print(f"vmcore: using {vm.backend}: {vm.backend_reason}", end="\r\n", file=sys.stderr, flush=True)
         # On stdio the guest has the terminal.
         alone = args.console != "stdio" and sys.stdout.isatty() and sys.stderr.isatty()
         status = _Status(vm) if alone and not args.no_status else None
-        timeout = None if args.timeout is None else max(0.0, args.timeout - (time.monotonic() - begin))
+
+        def run() -> vmcore.Outcome:
+            if args.checkpoint_every is not None:
+                return _run_with_checkpoints(vm, args.checkpoint_every)
+            timeout = None if args.timeout is None else max(0.0, args.timeout - (time.monotonic() - begin))
+            return vm.run(timeout, progress=status, interval=0.5)
+
         try:
-            outcome = vm.run(timeout, progress=status, interval=0.5)
+            outcome = _until_the_host_is_well(disks, run)
         finally:
             if status is not None:
                 status.clear()
@@ -271,7 +313,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.command == "run" and args.checkpoint_every is not None:
+        if args.deterministic is None or args.timeout is not None:
+            parser.error("--checkpoint-every wants --deterministic, and no --timeout")
     try:
         return _check() if args.command == "check" else _run(args)
     except KeyboardInterrupt:

@@ -117,9 +117,24 @@ pub enum DiskError {
     },
 }
 
+impl DiskError {
+    /// What to do about it, where the text says so: the part that does.
+    pub fn fix(&self) -> Option<&str> {
+        match self {
+            Self::Open { fix, .. } | Self::Locked { fix, .. } => Some(fix),
+            Self::Image { what, .. } | Self::Resize { what, .. } => what.split_once("; ").map(|(_, fix)| fix),
+            Self::Backing { .. } => Some("name it (Image::backing, or backing=FILE)"),
+            Self::Extent { .. } => Some("name it (Image::extent, or extent=FILE)"),
+            Self::Direct { .. } => Some("leave out \"direct\""),
+            Self::Kind { .. } | Self::Empty { .. } | Self::Guess { .. } | Self::Id { .. } => None,
+        }
+    }
+}
+
 impl From<DiskError> for vmcore::Error {
     fn from(error: DiskError) -> Self {
-        vmcore::Error::device("disk", error)
+        let fix = error.fix().map(str::to_owned);
+        vmcore::Error::device("disk", error).with_fix(fix)
     }
 }
 
@@ -136,4 +151,42 @@ pub(super) fn open_error(path: PathBuf, read_only: bool, source: io::Error) -> D
         _ => "check the file",
     };
     DiskError::Open { path, mode, source, fix }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_to_do_is_a_part_of_the_text_and_of_the_engines_error() {
+        let path = PathBuf::from("/a/b");
+        let named = String::from("c");
+        let source = io::Error::from_raw_os_error(libc::ENOENT);
+        for (error, known) in [
+            (open_error(path.clone(), true, source), true),
+            (DiskError::Locked { path: path.clone(), holder: "process 1".into(), fix: "end it" }, true),
+            (DiskError::Kind { path: path.clone(), kind: "a directory" }, false),
+            (DiskError::Empty { path: path.clone(), len: 0 }, false),
+            (
+                DiskError::Image {
+                    path: path.clone(),
+                    format: Format::Raw,
+                    what: "it is not; say so".into(),
+                },
+                true,
+            ),
+            (DiskError::Image { path: path.clone(), format: Format::Raw, what: "it is not".into() }, false),
+            (DiskError::Backing { path: path.clone(), named: named.clone() }, true),
+            (DiskError::Extent { path: path.clone(), named }, true),
+            (DiskError::Guess { path: path.clone() }, false),
+            (DiskError::Direct { path, what: "no".into() }, true),
+            (DiskError::Resize { len: 512, to: 0, what: "that is too short; give more".into() }, true),
+            (DiskError::Id { id: "x".repeat(21) }, false),
+        ] {
+            let (text, fix) = (error.to_string(), error.fix().map(str::to_owned));
+            assert_eq!(fix.is_some(), known, "{text}");
+            assert!(fix.as_ref().is_none_or(|fix| text.ends_with(fix.as_str())), "{text}: {fix:?}");
+            assert_eq!(vmcore::Error::from(error).fix(), fix.as_deref());
+        }
+    }
 }

@@ -14,7 +14,7 @@ mod wait;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::net::{AddressFamily, SocketType};
 use vmcore::{Error, Result};
@@ -192,6 +192,29 @@ impl<B: NetBackend + ?Sized> NetBackend for Box<B> {
     fn receive(&mut self, into: &mut Buffers<'_>, spill: &mut [u8]) -> io::Result<usize> {
         (**self).receive(into, spill)
     }
+}
+
+/// A back end that others have too: each call has it alone.
+impl<B: NetBackend + ?Sized> NetBackend for Arc<Mutex<B>> {
+    forward!(self => alone(self));
+
+    fn source(&self) -> Option<Arc<dyn AsRawFd + Send + Sync>> {
+        alone(self).source()
+    }
+    fn holds_back(&self) -> bool {
+        alone(self).holds_back()
+    }
+    fn send(&mut self, packet: &mut Buffers<'_>) -> io::Result<()> {
+        alone(self).send(packet)
+    }
+    fn receive(&mut self, into: &mut Buffers<'_>, spill: &mut [u8]) -> io::Result<usize> {
+        alone(self).receive(into, spill)
+    }
+}
+
+/// What `shared` has.
+pub(crate) fn alone<B: NetBackend + ?Sized>(shared: &Mutex<B>) -> MutexGuard<'_, B> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Writes `frame` behind a header of zeroes into `into`, as far as there is room, and gives what

@@ -121,9 +121,25 @@ pub enum TapError {
     },
 }
 
+impl TapError {
+    /// What to do about it, where the text says so and no name is in it: the part that does.
+    pub fn fix(&self) -> Option<&str> {
+        match self {
+            Self::Driver { .. } => Some(
+                "load the module (modprobe tun), and have the device node passed into the container or readable by this user",
+            ),
+            Self::Name { .. } => Some("give 1 to 15 bytes without '/', '%' and spaces"),
+            Self::Busy { .. } => Some("take another name"),
+            Self::Queues { .. } => Some("give 1 to 256"),
+            Self::Permission { .. } | Self::Unsuitable { .. } | Self::Host { .. } => None,
+        }
+    }
+}
+
 impl From<TapError> for vmcore::Error {
     fn from(error: TapError) -> Self {
-        vmcore::Error::device("tap", error)
+        let fix = error.fix().map(str::to_owned);
+        vmcore::Error::device("tap", error).with_fix(fix)
     }
 }
 
@@ -383,6 +399,26 @@ mod tests {
     fn names_that_no_interface_can_have_are_refused() {
         for name in ["", "0123456789abcdef", "a/b", "a b", "%dx", ".", "a:1", "ä"] {
             assert!(matches!(Tap::open(name), Err(TapError::Name { .. })), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_to_do_is_the_end_of_the_text_and_a_part_of_the_engines_error() {
+        let source = || io::Error::from_raw_os_error(libc::ENOENT);
+        let name = || String::from("tap0");
+        for (error, known) in [
+            (TapError::Driver { source: source() }, true),
+            (TapError::Name { name: name() }, true),
+            (TapError::Permission { name: name(), flags: "" }, false),
+            (TapError::Busy { name: name() }, true),
+            (TapError::Queues { queues: 0 }, true),
+            (TapError::Unsuitable { name: name(), source: source() }, false),
+            (TapError::Host { op: "TUNSETOFFLOAD", name: name(), source: source() }, false),
+        ] {
+            let (text, fix) = (error.to_string(), error.fix().map(str::to_owned));
+            assert_eq!(fix.is_some(), known, "{text}");
+            assert!(fix.as_ref().is_none_or(|fix| text.ends_with(fix.as_str())), "{text}: {fix:?}");
+            assert_eq!(vmcore::Error::from(error).fix(), fix.as_deref());
         }
     }
 

@@ -52,6 +52,17 @@ pub enum NatError {
 }
 
 impl NatError {
+    /// What to do about it: the part of the text that says so.
+    pub fn fix(&self) -> &str {
+        match self {
+            Self::Host { .. } => "raise the limit of open files (ulimit -n) if it is reached",
+            Self::Bind { .. } => {
+                "take a port that is free (and above 1023 without privileges) and an address of this host"
+            }
+            Self::Text { fix, .. } | Self::Setting { fix, .. } => fix,
+        }
+    }
+
     pub(super) fn text(what: &'static str, value: String, fix: &'static str) -> Self {
         Self::Text { what, value, fix }
     }
@@ -59,6 +70,28 @@ impl NatError {
 
 impl From<NatError> for vmcore::Error {
     fn from(error: NatError) -> Self {
-        vmcore::Error::device("NAT", error)
+        let fix = error.fix().to_owned();
+        vmcore::Error::device("NAT", error).with_fix(Some(fix))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_to_do_is_the_end_of_the_text_and_a_part_of_the_engines_error() {
+        let source = || io::Error::from_raw_os_error(libc::EMFILE);
+        let bind = SocketAddr::from(([127, 0, 0, 1], 80));
+        for error in [
+            NatError::Host { op: "epoll_create", source: source() },
+            NatError::Bind { protocol: Protocol::Tcp, bind, source: source() },
+            NatError::text("a port", "x".into(), "give a number"),
+            NatError::Setting { what: "the MTU", value: "1".into(), fix: "give more" },
+        ] {
+            let (text, fix) = (error.to_string(), error.fix().to_owned());
+            assert!(text.ends_with(&fix), "{text}: {fix}");
+            assert_eq!(vmcore::Error::from(error).fix(), Some(fix.as_str()));
+        }
     }
 }

@@ -15,7 +15,7 @@ mod pair;
 mod tests;
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_net::{
@@ -32,7 +32,7 @@ use self::filter::Filter;
 use self::header::{OFFLOADS, TO_GUEST};
 use self::pair::{Pair, Parts};
 use super::device::{Activation, DeviceType, VirtioDevice, Worker, read_config_bytes};
-use crate::net::{Nat, NetBackend, Tap, TapError};
+use crate::net::{Capture, Nat, NetBackend, Tap, TapError, alone as lock};
 use crate::saved;
 
 pub use self::card::{NetCounters, NetHandle};
@@ -208,6 +208,14 @@ impl Net {
         self
     }
 
+    /// Records what goes through all queues of the card with `capture`, as [`Capture::record`] does with a back
+    /// end.
+    pub fn record(mut self, capture: &Capture) -> Self {
+        let recorded = |backend| Arc::new(Mutex::new(capture.record(backend))) as Backend;
+        self.backends = self.backends.into_iter().map(recorded).collect();
+        self
+    }
+
     /// The card in the running machine, for other threads.
     pub fn handle(&self) -> NetHandle {
         NetHandle(self.card.clone())
@@ -217,10 +225,6 @@ impl Net {
 /// Whether `mac` is the address of one station.
 fn is_station(mac: &Mac) -> bool {
     mac[0] & 1 == 0 && *mac != Mac::default()
-}
-
-fn lock(backend: &Mutex<dyn NetBackend>) -> MutexGuard<'_, dyn NetBackend + 'static> {
-    backend.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl VirtioDevice for Net {

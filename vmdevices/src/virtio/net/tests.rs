@@ -341,6 +341,28 @@ fn single(features: u64) -> (Wires, Driver, NetHandle) {
     (wires, Driver::new(card), handle)
 }
 
+#[test]
+fn a_card_is_recorded_by_all_its_queues() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let capture = Capture::create(file.path(), Capture::WHOLE).unwrap();
+    let wires = [Wires::new(1), Wires::new(3)];
+    let card = Net::multiqueue(wires.clone()).unwrap().mac(OWN).unwrap().record(&capture);
+    assert_eq!(card.features & OFFLOADS, 1, "those of the back ends");
+    let mut driver = Driver::new(card);
+    driver.start(PLAIN | MULTIQUEUE);
+    assert_eq!(driver.command(4, 0, &[2, 0]), Some(0));
+    for (pair, wire) in wires.iter().enumerate() {
+        driver.send(pair, &packet(OTHER, 60 + pair));
+        assert_eq!(wire.sent().len(), 1);
+        driver.give_buffer(pair);
+        wire.with(|wire| wire.to_guest.extend([packet(OWN, 70)]));
+        assert_eq!(driver.received(pair).len(), 1);
+    }
+    // The file's header, and that of each packet.
+    let packets = [60, 70, 61, 70].map(|len| 16 + len);
+    assert_eq!(file.as_file().metadata().unwrap().len(), 24 + packets.iter().sum::<u64>());
+}
+
 /// Which of packets to these go to the guest, by their addresses.
 fn taken(wires: &Wires, driver: &mut Driver) -> Vec<Mac> {
     wires.with(|wire| wire.to_guest.extend([OWN, OTHER, GROUP, BROADCAST].map(|to| packet(to, 60))));
