@@ -1,5 +1,6 @@
 /* A stock Linux with a virtio device in C: its kernel's driver has requests served. Wants the guests of `make guests` in
- * VMCORE_GUESTS; without, it does nothing, or fails where VMCORE_REQUIRE_BOOT is set. */
+ * VMCORE_GUESTS; without, it does nothing, or fails where VMCORE_REQUIRE_BOOT is set. VMCORE_ACCEL=kvm has it on KVM
+ * instead of the software CPU. */
 
 #define _GNU_SOURCE
 #include "check.h"
@@ -43,7 +44,8 @@ int main(void) {
     vmcore_outcome outcome;
 
     OK(vmcore_builder_new(&builder));
-    OK(vmcore_builder_set_accel(builder, VMCORE_ACCEL_SOFT));
+    const char *accel = getenv("VMCORE_ACCEL");
+    OK(vmcore_builder_set_accel(builder, accel && !strcmp(accel, "kvm") ? VMCORE_ACCEL_KVM : VMCORE_ACCEL_SOFT));
     vmcore_builder_set_memory(builder, 256 << 20);
     OK(vmcore_builder_boot_linux(builder, kernel, initrd, "console=ttyS0 quiet vmtest=devices"));
     OK(vmcore_console_script(&script, &console));
