@@ -215,6 +215,13 @@ pub trait BackendVm: IrqSink + fmt::Debug {
     /// Where the VM has no interrupt controllers or no such input, or routes are used up.
     fn irq_event(&self, route: IrqRoute) -> Result<Registration>;
 
+    /// Whether the event of [`BackendVm::irq_event`] is the shorter way for who is on a thread of this process:
+    /// the kernel takes it from there. Otherwise a thread waits for it, and [`IrqSink::set_irq`] saves the
+    /// detour.
+    fn irq_events_pay(&self) -> bool {
+        true
+    }
+
     /// Makes ISA interrupts level-triggered at the 8259As, as a PC's firmware does by their edge/level
     /// registers (ports 0x4D0 and 0x4D1) for those that PCI functions share. Bit `n` of `irqs` stands for
     /// interrupt `n`; those that no PC can make so stay edge-triggered. The I/O APIC's pins are the guest's

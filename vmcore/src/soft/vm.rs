@@ -332,6 +332,10 @@ impl BackendVm for SoftVm {
         Ok(())
     }
 
+    fn irq_events_pay(&self) -> bool {
+        false
+    }
+
     fn irq_event(&self, route: IrqRoute) -> Result<Registration> {
         let events = self.controllers(&self.machine.irq_events, "interrupt events")?;
         self.refuse_threads("an interrupt event", "use IrqSink, on the thread of the vCPU")?;

@@ -222,12 +222,17 @@ impl Machine {
         IrqLine::new(sink, gsi)
     }
 
-    /// An event that raises `route` when it is written: cheaper than a wire from an I/O thread.
+    /// An event that raises `route` when it is written.
     ///
     /// # Errors
     /// As [`BackendVm::irq_event`].
     pub fn irq_event(&self, route: IrqRoute) -> Result<Registration> {
         self.vm.irq_event(route)
+    }
+
+    /// As [`BackendVm::irq_events_pay`].
+    pub fn irq_events_pay(&self) -> bool {
+        self.vm.irq_events_pay()
     }
 
     /// An event that a guest's write signals, instead of calling the device on the vCPU's thread.

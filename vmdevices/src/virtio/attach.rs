@@ -115,10 +115,10 @@ impl Attach for MmioAttach {
     }
 }
 
-/// An event where the machine can take one, and a wire otherwise, which on a machine without
-/// interrupt controllers leads nowhere.
+/// An event where the machine can take one and that is the shorter way, and a wire otherwise, which on a
+/// machine without interrupt controllers leads nowhere.
 fn interrupt(machine: &Machine, gsi: u32) -> Result<Interrupt> {
-    if !machine.has_irqchip() {
+    if !machine.has_irqchip() || !machine.irq_events_pay() {
         return Ok(Interrupt::Line(machine.irq_line(gsi)));
     }
     match machine.irq_event(IrqRoute::Gsi(gsi)) {

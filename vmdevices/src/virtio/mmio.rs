@@ -65,7 +65,7 @@ pub(super) const NOTIFY: u64 = register::QUEUE_NOTIFY;
 pub enum Interrupt {
     /// Pulses a wire.
     Line(IrqLine),
-    /// Writes an event ([`vmcore::Machine::irq_event`]): cheaper from an I/O thread.
+    /// Writes an event ([`vmcore::Machine::irq_event`]), where that pays.
     Event(Registration),
 }
 
