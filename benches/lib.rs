@@ -192,8 +192,9 @@ pub fn side_by_side(
             our_times.push(ours());
         }
     }
-    let (us, them) = (median(our_times) / per, median(their_times) / per);
+    let (us, them) = (median(our_times), median(their_times));
     let ratio = us.as_secs_f64() / them.as_secs_f64();
+    let (us, them) = (us / per, them / per);
     println!("{what:<44} {our_name} {us:>10.2?}   {their_name} {them:>10.2?}   ratio {ratio:.3}");
     ratio
 }
