@@ -1,7 +1,7 @@
 //! Port exits with a callback: Rust, C by libvmcore, and Python where its module can be imported, in turns.
 //!
-//! `cargo bench -p vmcore-benches --bench callbacks`, on the software CPU and on KVM. Python's figure is what `python3 benches/callbacks.py` prints, a
-//! number of callbacks a second.
+//! `cargo bench -p vmcore-benches --bench callbacks`, on the software CPU and on KVM. Python's figure is what
+//! `python3 benches/callbacks.py` prints, a number of callbacks a second.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
