@@ -70,7 +70,7 @@ fn written_disks_of_every_format_and_cache_mode_read_back() {
                 }
                 let DiskStats { reads, writes, errors, .. } = handle.stats();
                 assert_eq!((reads, writes, errors), (32, 40, 0));
-                assert!(transport.interrupts() > 0);
+                assert!(transport.was_told());
                 // Nothing is left to be done when a machine without threads looks.
                 transport.poll();
                 // The device goes, and the image is whole.

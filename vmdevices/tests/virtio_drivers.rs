@@ -62,7 +62,7 @@ fn a_disk_is_read_written_and_flushed() {
             assert!(driver.write_blocks(usize::MAX / 4, &data).is_err());
             driver.read_blocks(2047, &mut data[..SECTOR_SIZE]).unwrap();
         }
-        assert!(transport.interrupts() > 0, "no used buffer was signalled");
+        assert!(transport.was_told(), "no used buffer was signalled");
         // The driver stopped its queue when it went; another one begins anew.
         let mut again = VirtIOBlk::<driver::Memory, _>::new(transport).unwrap();
         let mut data = [0; SECTOR_SIZE];
@@ -288,7 +288,7 @@ fn packets_go_both_ways_and_wait_for_buffers() {
                 }
             }
         }
-        assert!(transport.interrupts() > 0);
+        assert!(transport.was_told());
     }
 }
 

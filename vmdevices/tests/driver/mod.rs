@@ -56,6 +56,7 @@ impl Machine {
     pub fn device(&self, device: impl VirtioDevice + 'static) -> Registers {
         let counter = Arc::new(Counter::default());
         let (memory, threading) = (self.memory.clone(), self.threading.clone());
+        let aside = matches!(threading, Threading::IoThreads(_));
         let device: Arc<Mutex<dyn Polled>> = match self.transport {
             TransportKind::Mmio => {
                 let interrupt = Interrupt::Line(IrqLine::new(counter.clone(), 5));
@@ -69,7 +70,7 @@ impl Machine {
         };
         // On PCI only where that feature is negotiated, which the drivers do not.
         let stops_queues = matches!(self.transport, TransportKind::Mmio);
-        Registers { device, counter, stops_queues }
+        Registers { device, counter, stops_queues, aside }
     }
 }
 
@@ -108,6 +109,8 @@ impl Polled for PciRegisters {
 pub struct Registers {
     device: Arc<Mutex<dyn Polled>>,
     stops_queues: bool,
+    /// The device is on another thread.
+    aside: bool,
     counter: Arc<Counter>,
 }
 
@@ -122,8 +125,10 @@ impl Registers {
         self.device.lock().unwrap().write(offset, &value.to_le_bytes());
     }
 
-    pub fn interrupts(&self) -> usize {
-        self.counter.0.load(Ordering::SeqCst)
+    /// Whether the driver was interrupted. One that polls a device on another thread may have each of its answers
+    /// before it would be told of them, and then is not.
+    pub fn was_told(&self) -> bool {
+        self.aside || self.counter.0.load(Ordering::SeqCst) > 0
     }
 
     /// Has a device without thread look at its host descriptors.
