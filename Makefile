@@ -19,7 +19,9 @@ demo: guests vmrun
 # has no more): two of them at once, each of which shows what it says when it ends.
 test: lint unit docs boots
 boots: guests $(TESTS)
-	$(MAKE) --no-print-directory -j2 -Otarget boot-kvm c python boot-soft
+	@while sleep 60 >/dev/null 2>&1; do echo "boots: still at it"; done & ticker=$$!; \
+	$(MAKE) --no-print-directory -j2 -Otarget boot-kvm c python boot-soft; \
+	status=$$?; kill $$ticker; exit $$status
 
 lint:
 	cargo fmt --all --check
