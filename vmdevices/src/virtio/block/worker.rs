@@ -259,10 +259,10 @@ impl DiskWorker {
         if let Engine::Aside(aside) = &mut self.engine {
             let untold = queue.untold();
             // Where the VM is about to stop nobody may ask again.
-            let at_once = progress == Progress::More || self.shared.stopped().is_some();
+            let at_once = || progress == Progress::More || self.shared.stopped().is_some();
             match aside.coalescing.judge(untold, added, Instant::now()) {
-                Verdict::Waiting if !at_once => return Ok(()),
-                Verdict::Wait(wait) if !at_once => match aside.answers.set(wait) {
+                Verdict::Waiting if !at_once() => return Ok(()),
+                Verdict::Wait(wait) if !at_once() => match aside.answers.set(wait) {
                     Ok(()) => return Ok(()),
                     Err(error) => log::warn!("a disk tells of each answer: timerfd_settime: {error}"),
                 },
