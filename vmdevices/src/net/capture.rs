@@ -87,15 +87,16 @@ impl Capture {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Records the first `len` bytes of `packet`, a header and a frame.
-    fn write(&self, mut packet: Buffers<'_>, len: usize) {
+    /// Records the first `len` bytes, a header and a frame, of `packet` and what follows it in `spill`.
+    fn write(&self, mut packet: Buffers<'_>, spill: &[u8], len: usize) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let frame = len.saturating_sub(HEADER);
         let mut sink = self.lock();
         let Sink { out, snap, record, error } = &mut *sink;
         let Some(writer) = out else { return };
+        let spill = &spill[HEADER.saturating_sub(packet.len()).min(spill.len())..];
         packet.advance(HEADER);
-        let kept = frame.min(*snap).min(packet.len());
+        let kept = frame.min(*snap).min(packet.len() + spill.len());
         let word = |value: usize| u32::try_from(value).unwrap_or(u32::MAX).to_le_bytes();
         // Seconds wrap in 2106, as the format has it.
         let seconds = u32::try_from(now.as_secs() & 0xffff_ffff).unwrap_or(0).to_le_bytes();
@@ -105,7 +106,10 @@ impl Capture {
         }
         let start = record.len();
         record.resize(start + kept, 0);
-        packet.read(&mut record[start..]);
+        let fits = start + kept.min(packet.len());
+        packet.read(&mut record[start..fits]);
+        let rest = start + kept - fits;
+        record[fits..].copy_from_slice(&spill[..rest]);
         if let Err(failed) = writer.write_all(record) {
             log::warn!("network capture ends: {failed}");
             (*out, *error) = (None, Some(Arc::new(failed)));
@@ -139,13 +143,13 @@ impl<B: NetBackend> NetBackend for Captured<B> {
     fn send(&mut self, packet: &mut Buffers<'_>) -> io::Result<()> {
         let (copy, len) = (packet.view(), packet.len());
         self.backend.send(packet)?;
-        self.capture.write(copy, len);
+        self.capture.write(copy, &[], len);
         Ok(())
     }
     fn receive(&mut self, into: &mut Buffers<'_>, spill: &mut [u8]) -> io::Result<usize> {
         let copy = into.view();
         let len = self.backend.receive(into, spill)?;
-        self.capture.write(copy, len);
+        self.capture.write(copy, spill, len);
         Ok(len)
     }
 }
@@ -154,7 +158,7 @@ impl<B: NetBackend> NetBackend for Captured<B> {
 mod tests {
     use super::*;
     use crate::net::pair;
-    use crate::net::tests::{frame, receive, send};
+    use crate::net::tests::{frame, receive, send, short};
 
     /// A file that has room for `0` bytes.
     #[derive(Clone)]
@@ -192,6 +196,19 @@ mod tests {
         assert_eq!((word(68), word(72), &bytes[76..]), (15, 15, &frame(15, 2)[..]));
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
         assert!(now - u64::from(word(24)) < 100 && word(28) < 1_000_000_000);
+    }
+
+    #[test]
+    fn packets_that_the_guest_has_no_room_for_are_recorded_too() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let capture = Capture::create(file.path(), 40).unwrap();
+        let (far, near) = pair().unwrap();
+        short(far, capture.record(near));
+        let mut record = [&40u32.to_le_bytes()[..], &60u32.to_le_bytes()].concat();
+        record.extend(frame(40, 7));
+        for written in std::fs::read(file.path()).unwrap()[24..].chunks(16 + 40) {
+            assert_eq!(written[8..], record);
+        }
     }
 
     #[test]

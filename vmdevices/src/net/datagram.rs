@@ -82,7 +82,9 @@ impl NetBackend for Datagram {
     }
 
     fn receive(&mut self, into: &mut Buffers<'_>, spill: &mut [u8]) -> io::Result<usize> {
-        into.write(&[0; HEADER]);
+        let header = into.write(&[0; HEADER]);
+        let (header, spill) = spill.split_at_mut((HEADER - header).min(spill.len()));
+        header.fill(0);
         loop {
             match into.fill_from(&self.socket, spill) {
                 // Told once; packets that came before are still there.

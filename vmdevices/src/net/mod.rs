@@ -217,12 +217,16 @@ pub(crate) fn alone<B: NetBackend + ?Sized>(shared: &Mutex<B>) -> MutexGuard<'_,
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Writes `frame` behind a header of zeroes into `into`, as far as there is room, and gives what
-/// [`NetBackend::receive`] is to give.
-fn deliver(frame: &[u8], into: &mut Buffers<'_>) -> usize {
-    into.write(&[0; HEADER]);
-    into.write(frame);
-    HEADER + frame.len()
+/// Writes the pieces of a packet, header first, into `into`, and what has no room there into `spill`;
+/// gives what [`NetBackend::receive`] is to give.
+fn deliver(pieces: &[&[u8]], into: &mut Buffers<'_>, mut spill: &mut [u8]) -> usize {
+    for piece in pieces {
+        let rest = &piece[into.write(piece)..];
+        let (here, beyond) = spill.split_at_mut(rest.len().min(spill.len()));
+        here.copy_from_slice(&rest[..here.len()]);
+        spill = beyond;
+    }
+    pieces.iter().map(|piece| piece.len()).sum()
 }
 
 #[cfg(test)]
@@ -247,6 +251,32 @@ mod tests {
         assert!(text.contains("Unix stream"), "{text}");
         let text = error(tempfile::tempfile().unwrap().into());
         assert!(text.contains("no tap"), "{text}");
+    }
+
+    #[test]
+    fn what_has_no_room_is_in_the_spill() {
+        use std::os::unix::net::{UnixDatagram, UnixStream};
+        let (a, b) = pair().unwrap();
+        short(a, b);
+        let (a, b) = UnixStream::pair().unwrap();
+        short(Stream::new(a).unwrap(), Stream::new(b).unwrap());
+        let (a, b) = UnixDatagram::pair().unwrap();
+        short(Datagram::new(a).unwrap(), Datagram::new(b).unwrap());
+    }
+
+    /// What `from` sends comes to `to` whole, wherever the guest's memory ends.
+    pub(super) fn short(mut from: impl NetBackend, mut to: impl NetBackend) {
+        for room in [0, HEADER - 2, HEADER + 20, HEADER + 80] {
+            send(&mut from, &frame(60, 7)).unwrap();
+            let (memory, _) = memory();
+            let (map, places, mut spill) = (memory.snapshot(), [(0, room)], [0xee; HEADER + 70]);
+            to.event();
+            assert_eq!(to.receive(&mut buffers(&map, &places), &mut spill).unwrap(), HEADER + 60);
+            let mut bytes = vec![0xee; room];
+            buffers(&map, &places).read(&mut bytes);
+            bytes.extend(spill);
+            assert_eq!(bytes[..HEADER + 60], [&[0; HEADER][..], &frame(60, 7)].concat());
+        }
     }
 
     /// A frame of `len` bytes for everybody.

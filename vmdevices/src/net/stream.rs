@@ -260,10 +260,10 @@ impl NetBackend for Stream {
         }
     }
 
-    fn receive(&mut self, into: &mut Buffers<'_>, _: &mut [u8]) -> io::Result<usize> {
+    fn receive(&mut self, into: &mut Buffers<'_>, spill: &mut [u8]) -> io::Result<usize> {
         loop {
             if let Some(frame) = self.frame() {
-                return Ok(deliver(&self.input[frame], into));
+                return Ok(deliver(&[&[0; HEADER], &self.input[frame]], into, spill));
             }
             self.fill()?;
         }

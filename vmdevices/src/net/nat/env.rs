@@ -167,15 +167,6 @@ impl Env {
     }
 }
 
-/// Gives the guest `packet`; returns its length. What has no room goes to `spill`.
-pub(super) fn deliver(packet: &[u8], into: &mut Buffers<'_>, spill: &mut [u8]) -> usize {
-    let room = into.write(packet);
-    let rest = &packet[room..];
-    let fits = rest.len().min(spill.len());
-    spill[..fits].copy_from_slice(&rest[..fits]);
-    packet.len()
-}
-
 /// Adds to a counter of what there is at the moment.
 pub(super) fn gauge(counter: &AtomicU64, value: usize) {
     counter.store(value as u64, std::sync::atomic::Ordering::Relaxed);

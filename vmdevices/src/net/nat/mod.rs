@@ -39,11 +39,11 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
 };
 
-use super::NetBackend;
+use super::{NetBackend, deliver};
 use crate::buffers::Buffers;
 use config::Config;
 use dns::Names;
-use env::{Env, Fate, deliver};
+use env::{Env, Fate};
 use flows::{Flows, Kind};
 use handle::{FORWARD, Shared, add, count};
 use reassembly::Reassembly;
@@ -347,7 +347,7 @@ impl Nat {
         }
         loop {
             if let Some(packet) = self.env.out.pop_front() {
-                return Some(deliver(&packet, into, spill));
+                return Some(deliver(&[&packet], into, spill));
             }
             match self.flows.next_ready() {
                 Some(Ok(number)) => {

@@ -9,12 +9,12 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_HDR_GSO_TCPV6,
 };
 
-use super::super::env::{Env, Key, deliver};
+use super::super::env::{Env, Key};
 use super::super::wire::{self, ETHERNET, TCP};
 use super::segment::{self, ACK, FIN, PSH, SYN, bare, distance, header};
 use super::{LEAST_WINDOW, MOST_WINDOW, Output, State, Tcp, span};
 use crate::buffers::Buffers;
-use crate::net::HEADER;
+use crate::net::{HEADER, deliver};
 
 impl Tcp {
     /// The window for the guest.
@@ -39,7 +39,7 @@ impl Tcp {
     ) -> Output {
         if self.syn {
             let packet = self.syn_packet(env, key);
-            return Output::Packet(deliver(&packet, into, spill));
+            return Output::Packet(deliver(&[&packet], into, spill));
         }
         if self.state == State::Established {
             if self.has_data() && self.room() > 0 {
@@ -53,7 +53,7 @@ impl Tcp {
                 let window = self.offer(env);
                 let packet = bare(env, key, (self.next, self.expected), FIN | ACK, window, &[]);
                 self.sent(env, 1);
-                return Output::Packet(deliver(&packet, into, spill));
+                return Output::Packet(deliver(&[&packet], into, spill));
             }
         }
         if self.acknowledge {
@@ -61,7 +61,7 @@ impl Tcp {
             self.acknowledge = self.repeats > 0;
             let window = self.offer(env);
             let packet = bare(env, key, (self.next, self.expected), ACK, window, &[]);
-            return Output::Packet(deliver(&packet, into, spill));
+            return Output::Packet(deliver(&[&packet], into, spill));
         }
         Output::Nothing
     }
@@ -157,7 +157,7 @@ impl Tcp {
         } else {
             packet.extend(&env.scratch[skip..skip + len]);
             wire::set_checksum(key.peer.0, key.guest.0, TCP, &mut packet[start..]);
-            deliver(&packet, into, spill);
+            deliver(&[&packet], into, spill);
         }
         self.sent(env, span(len));
         Ok(headers + len)
