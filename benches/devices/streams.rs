@@ -110,7 +110,7 @@ fn make_initrd(host: &Host, to: &Path) -> Result<(), Box<dyn Error>> {
     let mut file = File::create(to)?;
     file.write_all(&std::fs::read(host.guests.join("cloud/initrd.img"))?)?;
     let mut archive = Archive::new(file);
-    archive.add("stream", 0o100_755, &std::fs::read(env!("STREAM"))?)?;
+    archive.add("stream", 0o100_755, include_bytes!(env!("STREAM")))?;
     archive.end()
 }
 

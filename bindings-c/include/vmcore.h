@@ -456,6 +456,72 @@ typedef struct vmcore_net_stats {
 } vmcore_net_stats;
 
 /**
+ * What a NAT has done since it was made.
+ */
+typedef struct vmcore_nat_stats {
+  /**
+   * Frames that the guest sent.
+   */
+  uint64_t frames_sent;
+  /**
+   * Their bytes.
+   */
+  uint64_t bytes_sent;
+  /**
+   * Frames that the guest got.
+   */
+  uint64_t frames_received;
+  /**
+   * Their bytes.
+   */
+  uint64_t bytes_received;
+  /**
+   * TCP connections begun, from either side.
+   */
+  uint64_t tcp_opened;
+  /**
+   * UDP flows begun.
+   */
+  uint64_t udp_opened;
+  /**
+   * Flows of echo requests begun.
+   */
+  uint64_t icmp_opened;
+  /**
+   * Flows that there are now.
+   */
+  uint64_t flows;
+  /**
+   * Flows that were given up for new ones.
+   */
+  uint64_t evicted;
+  /**
+   * Flows that the rules refused.
+   */
+  uint64_t denied;
+  /**
+   * Frames that make no sense.
+   */
+  uint64_t malformed;
+  /**
+   * Frames with a source that is not the guest's, or for other stations.
+   */
+  uint64_t foreign;
+  /**
+   * Frames of protocols that do not pass.
+   */
+  uint64_t unsupported;
+  /**
+   * Segments sent to the guest once more.
+   */
+  uint64_t retransmitted;
+  /**
+   * Packets for the guest that were dropped because it takes none.
+   */
+  uint64_t dropped;
+} vmcore_nat_stats;
+
+/**
  * Which host pages back a region.
  */
 typedef uint32_t vmcore_huge_pages;
@@ -1571,6 +1637,12 @@ struct vmcore_error *vmcore_error_new(vmcore_error_code code, const char *messag
 vmcore_error_code vmcore_error_get_code(const struct vmcore_error *error);
 
 /**
+ * Which error it is exactly, in words that stay the same: "memory.overlap", "boot.open", "disk.locked",
+ * "wrong_state"; "" for NULL. It lives as long as the error.
+ */
+const char *vmcore_error_name(const struct vmcore_error *error);
+
+/**
  * What was tried, with which value, and what to do, in one line. It lives as long as the error.
  */
 const char *vmcore_error_message(const struct vmcore_error *error);
@@ -1802,6 +1874,19 @@ void vmcore_memory_delete(struct vmcore_memory *memory);
 VMCORE_MUST_USE struct vmcore_error *vmcore_net_tap(const char *name, struct vmcore_net **out);
 
 /**
+ * A card with a pair of queues for each of `queues` of a tap.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_net_tap_queues(const char *name,
+                                           uint16_t queues,
+                                           struct vmcore_net **out);
+
+/**
+ * A card on an open descriptor of a tap or Unix socket, which is duplicated.
+ */
+VMCORE_MUST_USE struct vmcore_error *vmcore_net_fd(int32_t fd, struct vmcore_net **out);
+
+/**
  * A card on what listens at a Unix socket: passt, QEMU.
  */
 VMCORE_MUST_USE struct vmcore_error *vmcore_net_unix(const char *path, struct vmcore_net **out);
@@ -1815,6 +1900,16 @@ VMCORE_MUST_USE struct vmcore_error *vmcore_net_nat(struct vmcore_nat *nat, stru
  * The card's address, six bytes.
  */
 VMCORE_MUST_USE struct vmcore_error *vmcore_net_set_mac(struct vmcore_net *net, const uint8_t (*mac)[6]);
+
+/**
+ * Tells the guest that the largest IP packet has `mtu` bytes, at least 68; a tap and a NAT know theirs.
+ */
+VMCORE_MUST_USE struct vmcore_error *vmcore_net_set_mtu(struct vmcore_net *net, uint16_t mtu);
+
+/**
+ * Limits what goes through the card to so many bytes each second, in each direction.
+ */
+VMCORE_MUST_USE struct vmcore_error *vmcore_net_set_limit(struct vmcore_net *net, uint64_t bytes_per_second);
 
 /**
  * Records all packets of the card in a new file at `path`, or in place of what it has, for tcpdump and Wireshark.
@@ -1851,6 +1946,21 @@ VMCORE_MUST_USE struct vmcore_error *vmcore_nat_new(struct vmcore_nat **out);
 VMCORE_MUST_USE struct vmcore_error *vmcore_nat_forward(const struct vmcore_nat *nat, const char *forward);
 
 /**
+ * Ends a forward, which the same text began; `was_there` tells whether it did. Its connections go on.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_nat_remove_forward(const struct vmcore_nat *nat,
+                                               const char *forward,
+                                               bool *was_there);
+
+/**
+ * The forwards that there are, one in a line, with the ports that the host chose where 0 was asked for.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_nat_forwards(const struct vmcore_nat *nat,
+                                         struct vmcore_bytes **out);
+
+/**
  * The guest may reach a destination: "any", "10.0.0.0/8", "tcp:10.0.0.0/8:80-90". The first rule that fits counts.
  */
 VMCORE_MUST_USE
@@ -1866,6 +1976,37 @@ VMCORE_MUST_USE struct vmcore_error *vmcore_nat_deny(struct vmcore_nat *nat, con
  * Whether the guest may reach what no rule is about, as it may unless said.
  */
 VMCORE_MUST_USE struct vmcore_error *vmcore_nat_otherwise(struct vmcore_nat *nat, bool allow);
+
+/**
+ * The largest IP packet that the guest is told of, in bytes.
+ */
+VMCORE_MUST_USE struct vmcore_error *vmcore_nat_set_mtu(struct vmcore_nat *nat, uint16_t mtu);
+
+/**
+ * Has the gateway's address stand for this host's loopback address.
+ */
+VMCORE_MUST_USE struct vmcore_error *vmcore_nat_gateway_is_host(struct vmcore_nat *nat);
+
+/**
+ * Asks these resolvers for names, separated by commas ("192.0.2.53,[::1]:5353"), in place of those of
+ * /etc/resolv.conf. "" means none.
+ */
+VMCORE_MUST_USE struct vmcore_error *vmcore_nat_set_resolvers(struct vmcore_nat *nat, const char *resolvers);
+
+/**
+ * Answers for `name` with these addresses, separated by commas.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_nat_add_name(struct vmcore_nat *nat,
+                                         const char *name,
+                                         const char *addresses);
+
+/**
+ * What it has done so far.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_nat_get_stats(const struct vmcore_nat *nat,
+                                          struct vmcore_nat_stats *out);
 
 /**
  * Frees the handle, and the NAT where no card has it.
@@ -2307,6 +2448,15 @@ VMCORE_MUST_USE struct vmcore_error *vmcore_vm_bare(vmcore_accel kind, struct vm
  * As vmcore_vm_bare, with interrupt controllers and a PIT.
  */
 VMCORE_MUST_USE struct vmcore_error *vmcore_vm_bare_with_irqchip(vmcore_accel kind, struct vmcore_vm **out);
+
+/**
+ * A VM that does the same in every run, on the software CPU; with interrupt controllers and a PIT where `irqchip`.
+ * vmcore_vcpu_run_instructions runs its vCPUs, one at a time. `seed` is where its random numbers begin.
+ */
+VMCORE_MUST_USE
+struct vmcore_error *vmcore_vm_bare_deterministic(uint64_t seed,
+                                                  bool irqchip,
+                                                  struct vmcore_vm **out);
 
 /**
  * Name of the backend that runs it: "kvm", "soft". It lives as long as the VM.

@@ -4,7 +4,7 @@ use std::ffi::c_char;
 use std::mem::MaybeUninit;
 
 use vmdevices::Disk;
-use vmdevices::block::{Format, Image, Limits};
+use vmdevices::block::{DiskError, Format, Image, Limits};
 use vmdevices::rate::Rate;
 use vmdevices::virtio::{CacheMode, DiskHandle, OnError};
 
@@ -186,7 +186,7 @@ pub unsafe extern "C" fn vmcore_disk_set_serial(
     guard(|| {
         let (disk, serial) = (need(disk, "disk")?, text!(serial));
         if serial.len() > 20 {
-            return Err(vmcore_error::argument("serial", format!("{serial:?}"), "give at most 20 bytes"));
+            return Err(DiskError::Id { id: serial.into() }.into());
         }
         let set = disk.take()?.id(serial)?;
         disk.disk = Some(set);

@@ -51,6 +51,7 @@ pub const VMCORE_ERROR_OTHER: vmcore_error_code = 199;
 #[derive(Debug)]
 pub struct vmcore_error {
     code: vmcore_error_code,
+    name: CString,
     message: CString,
     fix: Option<CString>,
     errno: i32,
@@ -65,7 +66,8 @@ fn c_text(text: &str) -> CString {
 
 impl vmcore_error {
     pub(crate) fn new(code: vmcore_error_code, message: &str, fix: Option<&str>) -> Box<Self> {
-        Box::new(Self { code, message: c_text(message), fix: fix.map(c_text), errno: 0 })
+        let (name, message) = (c_text(name(code)), c_text(message));
+        Box::new(Self { code, name, message, fix: fix.map(c_text), errno: 0 })
     }
 
     pub(crate) fn argument(what: &str, value: impl std::fmt::Display, fix: &str) -> Box<Self> {
@@ -105,9 +107,33 @@ fn code(error: &vmcore::Error) -> vmcore_error_code {
     }
 }
 
+/// The name of an error of which no more than its number is known.
+fn name(code: vmcore_error_code) -> &'static str {
+    match code {
+        VMCORE_ERROR_MEMORY => "memory",
+        VMCORE_ERROR_BOOT => "boot",
+        VMCORE_ERROR_OS => "os",
+        VMCORE_ERROR_BACKEND_UNUSABLE => "backend_unusable",
+        VMCORE_ERROR_UNSUPPORTED => "unsupported",
+        VMCORE_ERROR_CONFIG => "config",
+        VMCORE_ERROR_CONFLICT => "conflict",
+        VMCORE_ERROR_EMULATION => "emulation",
+        VMCORE_ERROR_ENTRY_FAILED => "entry_failed",
+        VMCORE_ERROR_STATE => "state",
+        VMCORE_ERROR_WRONG_STATE => "wrong_state",
+        VMCORE_ERROR_DEVICE => "device",
+        VMCORE_ERROR_ARGUMENT => "argument",
+        VMCORE_ERROR_TIMEOUT => "timeout",
+        VMCORE_ERROR_CLOSED => "closed",
+        VMCORE_ERROR_PANIC => "panic",
+        _ => "other",
+    }
+}
+
 impl From<vmcore::Error> for Box<vmcore_error> {
     fn from(error: vmcore::Error) -> Self {
         let mut ours = vmcore_error::new(code(&error), &error.to_string(), error.fix());
+        ours.name = c_text(error.code());
         ours.errno = error.errno().unwrap_or(0);
         if let vmcore::Error::Device { source, .. } = &error
             && let Some(inner) = source.downcast_ref::<vmcore_error>()
@@ -137,7 +163,9 @@ impl From<ExpectError> for Box<vmcore_error> {
             ExpectError::Closed { .. } => VMCORE_ERROR_CLOSED,
             _ => VMCORE_ERROR_OTHER,
         };
-        vmcore_error::new(code, &error.to_string(), None)
+        let mut ours = vmcore_error::new(code, &error.to_string(), None);
+        ours.name = c_text(error.code());
+        ours
     }
 }
 
@@ -190,6 +218,13 @@ pub unsafe extern "C" fn vmcore_error_new(
 #[unsafe(no_mangle)]
 pub extern "C" fn vmcore_error_get_code(error: Option<&vmcore_error>) -> vmcore_error_code {
     error.map_or(0, |error| error.code)
+}
+
+/// Which error it is exactly, in words that stay the same: "memory.overlap", "boot.open", "disk.locked",
+/// "wrong_state"; "" for NULL. It lives as long as the error.
+#[unsafe(no_mangle)]
+pub extern "C" fn vmcore_error_name(error: Option<&vmcore_error>) -> *const c_char {
+    error.map_or(c"".as_ptr(), |error| error.name.as_ptr())
 }
 
 /// What was tried, with which value, and what to do, in one line. It lives as long as the error.

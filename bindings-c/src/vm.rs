@@ -7,7 +7,10 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use vmcore::backend::BackendConfig;
-use vmcore::{Control, Error, GuestAddress, GuestMemory, MemoryRegion, Msi, Outcome, Vm, VmHandle, host};
+use vmcore::{
+    Accel, Control, Deterministic, Error, GuestAddress, GuestMemory, MemoryRegion, Msi, Outcome, Vm,
+    VmHandle, host,
+};
 use vmdevices::legacy::PowerButton;
 
 use crate::bytes::vmcore_bytes;
@@ -87,6 +90,22 @@ pub extern "C" fn vmcore_vm_bare_with_irqchip(
     guard(|| {
         let (backend, _) = host::choose(accel(kind)?)?;
         let vm = Vm::bare_on(backend, &BackendConfig { irqchip: true })?;
+        give(out, vmcore_vm::new(vm, None))
+    })
+}
+
+/// A VM that does the same in every run, on the software CPU; with interrupt controllers and a PIT where `irqchip`.
+/// vmcore_vcpu_run_instructions runs its vCPUs, one at a time. `seed` is where its random numbers begin.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn vmcore_vm_bare_deterministic(
+    seed: u64,
+    irqchip: bool,
+    out: Option<&mut MaybeUninit<*mut vmcore_vm>>,
+) -> Option<Box<vmcore_error>> {
+    guard(|| {
+        let (backend, _) = host::choose(Accel::Soft)?;
+        let vm = Vm::bare_deterministic(backend, &BackendConfig { irqchip }, Deterministic::seeded(seed))?;
         give(out, vmcore_vm::new(vm, None))
     })
 }

@@ -20,6 +20,9 @@
 /* A call that must fail with this code. */
 #define FAILS(code, call) check_fails(__FILE__, __LINE__, code, call)
 
+/* A call that must fail with the error of this name. */
+#define NAMED(name, call) check_named(__FILE__, __LINE__, name, call)
+
 static inline void check_ok(const char *file, int line, vmcore_error *error) {
     if (error) {
         fprintf(stderr, "%s:%d: failed: %s\n", file, line, vmcore_error_message(error));
@@ -37,17 +40,31 @@ static inline void check_fails(const char *file, int line, vmcore_error_code cod
     vmcore_error_delete(error);
 }
 
-/* A bare VM of the software CPU with 64 KiB, and a vCPU at `code`, which is at 0x1000. */
-static inline vmcore_vm *bare(const void *code, size_t len, vmcore_vcpu **vcpu) {
-    vmcore_vm *vm = NULL;
+static inline void check_named(const char *file, int line, const char *name, vmcore_error *error) {
+    if (strcmp(vmcore_error_name(error), name) != 0) {
+        const char *said = error ? vmcore_error_message(error) : "it did not fail";
+        fprintf(stderr, "%s:%d: %s expected, got \"%s\": %s\n", file, line, name, vmcore_error_name(error), said);
+        exit(1);
+    }
+    vmcore_error_delete(error);
+}
+
+/* Gives a bare VM 64 KiB, and a vCPU at `code`, which is at 0x1000. */
+static inline void equip(vmcore_vm *vm, const void *code, size_t len, vmcore_vcpu **vcpu) {
     vmcore_memory *memory = NULL;
-    OK(vmcore_vm_bare(VMCORE_ACCEL_SOFT, &vm));
     OK(vmcore_vm_map(vm, 0, 0x10000));
     OK(vmcore_vm_memory(vm, &memory));
     OK(vmcore_memory_write(memory, 0x1000, (const uint8_t *)code, len));
     vmcore_memory_delete(memory);
     OK(vmcore_vm_create_vcpu(vm, 0, vcpu));
     OK(vmcore_vcpu_enter_real_mode(*vcpu, 0x1000));
+}
+
+/* One that is equipped so, of the software CPU. */
+static inline vmcore_vm *bare(const void *code, size_t len, vmcore_vcpu **vcpu) {
+    vmcore_vm *vm = NULL;
+    OK(vmcore_vm_bare(VMCORE_ACCEL_SOFT, &vm));
+    equip(vm, code, len, vcpu);
     return vm;
 }
 

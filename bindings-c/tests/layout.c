@@ -26,6 +26,7 @@ IS(offsetof(vmcore_sregs, apic_base), 272);
 IS(sizeof(vmcore_vcpu_stats), 56);
 IS(sizeof(vmcore_disk_stats), 56);
 IS(sizeof(vmcore_net_stats), 56);
+IS(sizeof(vmcore_nat_stats), 120);
 IS(sizeof(vmcore_cpuid_entry), 28);
 IS(offsetof(vmcore_cpuid_entry, eax), 8);
 IS(offsetof(vmcore_cpuid_entry, has_subleaf), 24);

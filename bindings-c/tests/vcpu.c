@@ -40,6 +40,21 @@ static void kick(void *user, const vmcore_io *io) {
     if (--kicker->left == 0) vmcore_vcpu_kick(kicker->vcpu);
 }
 
+/* So many instructions, and no more. */
+static void deterministic(void) {
+    vmcore_vm *vm = NULL;
+    vmcore_vcpu *vcpu = NULL;
+    vmcore_exit end;
+    OK(vmcore_vm_bare_deterministic(7, false, &vm));
+    equip(vm, FOREVER, sizeof FOREVER, &vcpu);
+    for (int n = 0; n < 2; n++) {
+        OK(vmcore_vcpu_run_instructions(vcpu, 1000, &end));
+        CHECK(end.kind == VMCORE_EXIT_INSTRUCTION_LIMIT);
+    }
+    vmcore_vcpu_delete(vcpu);
+    vmcore_vm_delete(vm);
+}
+
 /* mov eax, 0x80000002; cpuid; hlt */
 static const uint8_t BRAND[] = {0x66, 0xb8, 2, 0, 0, 0x80, 0x0f, 0xa2, 0xf4};
 
@@ -126,6 +141,7 @@ static void irq(bool pulse) {
 }
 
 int main(void) {
+    deterministic();
     cpuid();
     irq(true);
     irq(false);

@@ -1,16 +1,11 @@
 //! vmcore's errors as the exceptions of `vmcore._errors`.
 
-use std::fmt::Debug;
 use std::io;
 
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
-use vmcore::boot::BootError;
-use vmcore::memory::MemoryError;
-use vmdevices::block::DiskError;
 use vmdevices::console::ExpectError;
-use vmdevices::net::{NatError, TapError};
 
 /// `.raise()?` in place of `?`, for results of the engine.
 pub trait Raise<T> {
@@ -26,19 +21,20 @@ impl<T, E: Into<vmcore::Error>> Raise<T> for Result<T, E> {
 
 /// The exception for `error`.
 pub fn exception(error: &vmcore::Error) -> PyErr {
-    let text = error.to_string();
-    let (class, code, errno) = classify(error);
+    let code = error.code();
+    // Nobody but the host can say that a file is in use.
+    let errno = error.errno().or((code == "disk.locked").then_some(libc::EBUSY));
     let attributes = |dict: &Bound<'_, PyDict>| attributes(dict, error);
-    make(class, &code, &text, error.fix(), errno, attributes)
+    make(class(code, errno.is_some()), code, &error.to_string(), error.fix(), errno, attributes)
 }
 
 /// The exception for a console that did not say what was expected.
 pub fn expect_exception(error: &ExpectError) -> PyErr {
-    let (class, code) = match error {
-        ExpectError::Timeout { .. } => ("ExpectTimeoutError", "expect.timeout"),
-        _ => ("ConsoleClosedError", "expect.closed"),
+    let class = match error {
+        ExpectError::Timeout { .. } => "ExpectTimeoutError",
+        _ => "ConsoleClosedError",
     };
-    make(class, code, &error.to_string(), None, None, |_| Ok(()))
+    make(class, error.code(), &error.to_string(), None, None, |_| Ok(()))
 }
 
 /// Something was used that is closed.
@@ -104,92 +100,31 @@ fn make(
     })
 }
 
-fn classify(error: &vmcore::Error) -> (&'static str, String, Option<i32>) {
-    use vmcore::Error;
-    let class = match error {
-        Error::Memory(error) => return memory(error),
-        Error::Boot(error) => return boot(error),
-        Error::Os { source, .. } => return ("SystemCallError", "os".into(), source.raw_os_error()),
-        Error::Device { source, .. } => return device(&**source),
-        Error::BackendUnusable { .. } => "BackendUnusableError",
-        Error::Unsupported { .. } => "UnsupportedError",
-        Error::Config { .. } => "ConfigError",
-        Error::Conflict { .. } => "ConflictError",
-        Error::Emulation(_) => "EmulationError",
-        Error::EntryFailed { .. } => "EntryFailedError",
-        Error::State { .. } => "StateError",
-        Error::WrongState { .. } => "WrongStateError",
+/// The class for an error, which is chosen by its code. Where the host has a say the class is an OSError.
+fn class(code: &str, has_errno: bool) -> &'static str {
+    match (code.split('.').next().unwrap_or(code), has_errno) {
+        ("memory", _) if code == "memory.not_mapped" => "NotMappedError",
+        ("memory", true) => "HostMemoryError",
+        ("memory", false) => "GuestMemoryError",
+        ("boot", true) => "BootFileError",
+        ("boot", false) => "BootError",
+        ("os", _) => "SystemCallError",
+        ("disk", true) => "DiskFileError",
+        ("disk", false) => "DiskError",
+        ("nat", true) => "NatHostError",
+        ("nat", false) => "NatError",
+        ("device" | "tap", true) => "DeviceHostError",
+        ("device" | "tap", false) => "DeviceError",
+        ("backend_unusable", _) => "BackendUnusableError",
+        ("unsupported", _) => "UnsupportedError",
+        ("config", _) => "ConfigError",
+        ("conflict", _) => "ConflictError",
+        ("emulation", _) => "EmulationError",
+        ("entry_failed", _) => "EntryFailedError",
+        ("state", _) => "StateError",
+        ("wrong_state", _) => "WrongStateError",
         _ => "Error",
-    };
-    (class, variant(error), None)
-}
-
-fn memory(error: &MemoryError) -> (&'static str, String, Option<i32>) {
-    let code = format!("memory.{}", variant(error));
-    match error {
-        MemoryError::Host { source, .. } => ("HostMemoryError", code, source.raw_os_error()),
-        MemoryError::NotMapped { .. } => ("NotMappedError", code, None),
-        _ => ("GuestMemoryError", code, None),
     }
-}
-
-fn boot(error: &BootError) -> (&'static str, String, Option<i32>) {
-    let code = format!("boot.{}", variant(error));
-    match error {
-        BootError::Open { source, .. } | BootError::Read { source, .. } | BootError::Seed { source, .. } => {
-            ("BootFileError", code, source.raw_os_error())
-        }
-        _ => ("BootError", code, None),
-    }
-}
-
-fn device(source: &(dyn std::error::Error + Send + Sync + 'static)) -> (&'static str, String, Option<i32>) {
-    if let Some(error) = source.downcast_ref::<DiskError>() {
-        let errno = match error {
-            DiskError::Open { source, .. } => source.raw_os_error(),
-            DiskError::Locked { .. } => Some(libc::EBUSY),
-            _ => None,
-        };
-        let class = if errno.is_some() { "DiskFileError" } else { "DiskError" };
-        return (class, format!("disk.{}", variant(error)), errno);
-    }
-    if let Some(error) = source.downcast_ref::<NatError>() {
-        let errno = match error {
-            NatError::Host { source, .. } | NatError::Bind { source, .. } => source.raw_os_error(),
-            _ => None,
-        };
-        let class = if errno.is_some() { "NatHostError" } else { "NatError" };
-        return (class, format!("nat.{}", variant(error)), errno);
-    }
-    if let Some(error) = source.downcast_ref::<TapError>() {
-        let errno = match error {
-            TapError::Driver { source }
-            | TapError::Unsuitable { source, .. }
-            | TapError::Host { source, .. } => source.raw_os_error(),
-            _ => None,
-        };
-        let class = if errno.is_some() { "DeviceHostError" } else { "DeviceError" };
-        return (class, format!("tap.{}", variant(error)), errno);
-    }
-    match source.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
-        Some(errno) => ("DeviceHostError", "device".into(), Some(errno)),
-        None => ("DeviceError", "device".into(), None),
-    }
-}
-
-/// The name of an error's variant in snake case, which is its code. By its `Debug`, so that a variant that
-/// is added to an enum has its code without a line here.
-fn variant(error: &impl Debug) -> String {
-    let debug = format!("{error:?}");
-    let name = debug.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default();
-    let mut code = String::new();
-    for c in name.chars() {
-        if c.is_uppercase() && !code.is_empty() {
-            code.push('_');
-        }
-        code.extend(c.to_lowercase());
-    }
-    code
 }
 
 /// What an exception has besides its text, by the names of the fields in Rust.

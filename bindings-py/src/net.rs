@@ -1,7 +1,7 @@
 //! Network cards, and what they are connected to.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -11,7 +11,6 @@ use vmdevices::net::{
     self, Action, Capture, Destination, Forward, Limiter, Nat, NatError, NatHandle, NetBackend, Rates,
     Stream, Tap,
 };
-use vmdevices::rate::Rate;
 use vmdevices::virtio::NetHandle;
 
 use crate::error::{self, Raise};
@@ -63,23 +62,18 @@ struct Card {
 }
 
 impl Card {
-    fn make(self, mut queues: Vec<Box<dyn NetBackend>>) -> PyResult<vmdevices::Net> {
+    fn make(self, queues: Vec<Box<dyn NetBackend>>) -> PyResult<vmdevices::Net> {
+        let mut card = vmdevices::Net::multiqueue(queues).raise()?;
         if let Some(per_second) = self.bytes_per_second {
-            // A twentieth of a second at once, and a few packets at least.
-            let rate = Rate { per_second, burst: (per_second / 20).max(100_000) };
-            let rates = Rates { bytes: Some(rate), packets: None };
-            let limiter = Limiter::new(rates, rates);
-            let limited =
-                queues.into_iter().map(|queue| limiter.limit(queue).map(|queue| Box::new(queue) as _));
-            queues = limited.collect::<vmcore::Result<_>>().raise()?;
+            let rates = Rates::bytes(per_second);
+            card = card.limit(&Limiter::new(rates, rates)).raise()?;
         }
-        // Outermost: what the guest sent and got, and not what waits.
+        // Last: what the guest sent and got, and not what waits.
         if let Some(path) = &self.pcap {
             let capture =
                 Capture::create(path, Capture::WHOLE).map_err(|e| error::io("create", path.display(), e))?;
-            queues = boxed(queues.into_iter().map(|queue| capture.record(queue)));
+            card = card.record(&capture);
         }
-        let mut card = vmdevices::Net::multiqueue(queues).raise()?;
         if let Some(text) = &self.mac {
             card = card.mac(mac(text)?).raise()?;
         }
@@ -106,11 +100,6 @@ fn action(text: &str) -> PyResult<Action> {
         "deny" => Ok(Action::Deny),
         other => Err(error::config("action", other, "allow and deny are known")),
     }
-}
-
-fn resolver(text: &str) -> PyResult<SocketAddr> {
-    let address = text.parse().map(|address: IpAddr| SocketAddr::new(address, 53)).or_else(|_| text.parse());
-    address.map_err(|_| error::config("resolver", text, "give 192.0.2.53 or [::1]:5353"))
 }
 
 #[pymethods]
@@ -144,7 +133,8 @@ impl Net {
         }
         nat = nat.otherwise(action(otherwise)?);
         if !dns.is_empty() {
-            nat = nat.resolvers(dns.iter().map(|text| resolver(text)).collect::<PyResult<Vec<_>>>()?);
+            nat = nat
+                .resolvers(dns.iter().map(|text| Nat::resolver(text).raise()).collect::<PyResult<Vec<_>>>()?);
         }
         for (name, addresses) in hosts {
             nat = nat.name(&name, addresses);

@@ -1,19 +1,13 @@
 //! The network card that the command line asks for.
 
-use std::num::NonZeroU64;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
 
 use vmcore::{Error, Result};
 use vmdevices::Net;
 use vmdevices::net::{self, Action, Capture, Limiter, Nat, NatError, NetBackend, Rates, Stream, Tap};
-use vmdevices::rate::Rate;
 
 use crate::args::{CardArg, NatArgs, Network};
-
-/// What a limited card may move at once: a twentieth of a second, and a few packets at least.
-const BURSTS: u64 = 20;
-const LEAST_BURST: u64 = 100_000;
 
 /// Says whether the descriptor that `arg` names is there. To be called before anything is opened, which
 /// might get its number.
@@ -32,23 +26,21 @@ pub fn check(arg: &CardArg) -> Result<()> {
 
 /// The card that `arg` describes, once; it was [checked](check).
 pub fn card(arg: &CardArg) -> Result<Net> {
-    let mut queues = match &arg.network {
+    let queues = match &arg.network {
         Network::Tap(name) => boxed(Tap::open_queues(name, arg.queues)?),
         Network::Unix(path) => boxed([Stream::connect(path)?]),
         Network::Nat(options) => boxed([nat(options, arg.mtu)?]),
         Network::Fd(number) => vec![net::from_fd(descriptor(*number))?],
     };
-    if let Some(bps) = arg.bps {
-        let limiter = limiter(bps);
-        let limited = queues.into_iter().map(|queue| limiter.limit(queue).map(|queue| Box::new(queue) as _));
-        queues = limited.collect::<Result<_>>()?;
-    }
-    // Outermost: what the guest sent and got, and not what waits.
-    if let Some(path) = &arg.pcap {
-        let capture = capture(path)?;
-        queues = boxed(queues.into_iter().map(|queue| capture.record(queue)));
-    }
     let mut card = Net::multiqueue(queues)?;
+    if let Some(bps) = arg.bps {
+        let rates = Rates::bytes(bps.get().div_ceil(8));
+        card = card.limit(&Limiter::new(rates, rates))?;
+    }
+    // Last: what the guest sent and got, and not what waits.
+    if let Some(path) = &arg.pcap {
+        card = card.record(&capture(path)?);
+    }
     if let Some(mac) = arg.mac {
         card = card.mac(mac)?;
     }
@@ -84,13 +76,6 @@ fn nat(options: &NatArgs, mtu: Option<u16>) -> std::result::Result<Nat, NatError
 
 fn boxed<B: NetBackend + 'static>(queues: impl IntoIterator<Item = B>) -> Vec<Box<dyn NetBackend>> {
     queues.into_iter().map(|queue| Box::new(queue) as Box<dyn NetBackend>).collect()
-}
-
-fn limiter(bps: NonZeroU64) -> Limiter {
-    let bytes = bps.get().div_ceil(8);
-    let rate = Rate { per_second: bytes, burst: (bytes / BURSTS).max(LEAST_BURST) };
-    let rates = Rates { bytes: Some(rate), packets: None };
-    Limiter::new(rates, rates)
 }
 
 fn capture(path: &Path) -> Result<Capture> {

@@ -111,6 +111,8 @@ pub enum Error {
         source: Box<dyn std::error::Error + Send + Sync>,
         /// The part of that which says what to do, where the device knows.
         fix: Option<String>,
+        /// Which error of which device it is ("disk.locked"), or "device".
+        code: &'static str,
     },
 }
 
@@ -139,7 +141,7 @@ impl Error {
         id: impl Into<String>,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
-        Error::Device { id: id.into(), source: source.into(), fix: None }
+        Error::Device { id: id.into(), source: source.into(), fix: None, code: "device" }
     }
 
     /// What to do about an error of a device; nothing changes for others. `fix` is a part of the device's text.
@@ -151,12 +153,22 @@ impl Error {
         self
     }
 
-    /// Which kind of error it is, in a word or two that stay the same: the variant's name in lower case, words joined by
-    /// "_". For programs in other languages and for logs.
+    /// Which error of a device it is, as [`code`](Self::code) tells it; nothing changes for others.
+    #[must_use]
+    pub fn with_code(mut self, which: &'static str) -> Self {
+        if let Error::Device { code, .. } = &mut self {
+            *code = which;
+        }
+        self
+    }
+
+    /// Which error it is, in words that stay the same: the variant's name in lower case ("wrong_state"), and of memory,
+    /// images and devices that know their errors also which of theirs ("memory.overlap", "disk.locked"). For programs in
+    /// other languages and for logs.
     pub fn code(&self) -> &'static str {
         match self {
-            Error::Memory(_) => "memory",
-            Error::Boot(_) => "boot",
+            Error::Memory(error) => error.code(),
+            Error::Boot(error) => error.code(),
             Error::Os { .. } => "os",
             Error::BackendUnusable { .. } => "backend_unusable",
             Error::Unsupported { .. } => "unsupported",
@@ -166,7 +178,7 @@ impl Error {
             Error::EntryFailed { .. } => "entry_failed",
             Error::State { .. } => "state",
             Error::WrongState { .. } => "wrong_state",
-            Error::Device { .. } => "device",
+            Error::Device { code, .. } => code,
         }
     }
 
@@ -266,11 +278,13 @@ mod tests {
         assert_eq!((outer.code(), outer.errno()), ("device", Some(libc::EMFILE)));
         assert!(outer.fix().is_some_and(|fix| fix.contains("ulimit -n")));
         let boot = Error::from(BootError::Open { image: "kernel x".into(), source: os(libc::ENOENT) });
-        assert_eq!((boot.code(), boot.errno()), ("boot", Some(libc::ENOENT)));
+        assert_eq!((boot.code(), boot.errno()), ("boot.open", Some(libc::ENOENT)));
         assert_eq!(boot.fix(), Some("check the path and its permissions"));
         let text = Error::device("disk", "is gone");
         assert_eq!((text.errno(), text.fix()), (None, None));
         assert_eq!(text.with_fix(Some("plug it in")).fix(), Some("plug it in"));
+        let known = Error::device("disk", "is in use").with_code("disk.locked");
+        assert_eq!(known.code(), "disk.locked");
         assert_eq!(boot.with_fix(Some("plug it in")).fix(), Some("check the path and its permissions"));
     }
 }

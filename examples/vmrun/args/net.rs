@@ -1,10 +1,10 @@
 //! `--net`.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 
-use vmdevices::net::{Action, Destination, Forward, NatError};
+use vmdevices::net::{Action, Destination, Forward, Nat, NatError};
 
 use super::parts;
 
@@ -72,12 +72,7 @@ impl NatArgs {
                 self.rules.push((action(rule)?, destination.parse().map_err(said)?));
             }
             Some(("otherwise", text)) => self.otherwise = Some(action(text)?),
-            Some(("dns", server)) => {
-                let address = server.parse().map(|address: IpAddr| SocketAddr::new(address, 53));
-                let address = address.or_else(|_| server.parse());
-                let wrong = |_| format!("{server:?} is no resolver: give 192.0.2.53 or [::1]:5353");
-                self.dns.push(address.map_err(wrong)?);
-            }
+            Some(("dns", server)) => self.dns.push(Nat::resolver(server).map_err(said)?),
             None if option == "host" => self.host = true,
             _ => return Ok(false),
         }

@@ -200,6 +200,28 @@ pub enum BootError {
 }
 
 impl BootError {
+    /// Its code, as [`crate::Error::code`] has it.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Open { .. } => "boot.open",
+            Self::Read { .. } => "boot.read",
+            Self::Truncated { .. } => "boot.truncated",
+            Self::Unrecognised { .. } => "boot.unrecognised",
+            Self::Invalid { .. } => "boot.invalid",
+            Self::Unsupported { .. } => "boot.unsupported",
+            Self::Decompress { .. } => "boot.decompress",
+            Self::PayloadLength { .. } => "boot.payload_length",
+            Self::TooLarge { .. } => "boot.too_large",
+            Self::NotInMemory { .. } => "boot.not_in_memory",
+            Self::NoRoom { .. } => "boot.no_room",
+            Self::Overlap { .. } => "boot.overlap",
+            Self::ZeroByte { .. } => "boot.zero_byte",
+            Self::Seed { .. } => "boot.seed",
+            Self::Table { .. } => "boot.table",
+            Self::Memory { .. } => "boot.memory",
+        }
+    }
+
     /// What to do about it, where the text says so.
     pub fn fix(&self) -> Option<&str> {
         Some(match self {

@@ -205,6 +205,24 @@ pub enum MemoryError {
 }
 
 impl MemoryError {
+    /// Its code, as [`crate::Error::code`] has it.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Overlap { .. } => "memory.overlap",
+            Self::Misaligned { .. } => "memory.misaligned",
+            Self::Empty { .. } => "memory.empty",
+            Self::Overflow { .. } => "memory.overflow",
+            Self::FileTooShort { .. } => "memory.file_too_short",
+            Self::Host { .. } => "memory.host",
+            Self::NumaNodes { .. } => "memory.numa_nodes",
+            Self::Unsupported { .. } => "memory.unsupported",
+            Self::NotMapped { .. } => "memory.not_mapped",
+            Self::ReadOnly { .. } => "memory.read_only",
+            Self::NoRegion { .. } => "memory.no_region",
+            Self::NoSlots { .. } => "memory.no_slots",
+        }
+    }
+
     /// What to do about it, where the text says so.
     pub fn fix(&self) -> Option<&str> {
         Some(match self {

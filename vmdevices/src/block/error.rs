@@ -118,6 +118,23 @@ pub enum DiskError {
 }
 
 impl DiskError {
+    /// Its code, as [`vmcore::Error::code`] has it.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Open { .. } => "disk.open",
+            Self::Locked { .. } => "disk.locked",
+            Self::Kind { .. } => "disk.kind",
+            Self::Empty { .. } => "disk.empty",
+            Self::Image { .. } => "disk.image",
+            Self::Backing { .. } => "disk.backing",
+            Self::Extent { .. } => "disk.extent",
+            Self::Guess { .. } => "disk.guess",
+            Self::Direct { .. } => "disk.direct",
+            Self::Resize { .. } => "disk.resize",
+            Self::Id { .. } => "disk.id",
+        }
+    }
+
     /// What to do about it, where the text says so: the part that does.
     pub fn fix(&self) -> Option<&str> {
         match self {
@@ -133,8 +150,9 @@ impl DiskError {
 
 impl From<DiskError> for vmcore::Error {
     fn from(error: DiskError) -> Self {
+        let code = error.code();
         let fix = error.fix().map(str::to_owned);
-        vmcore::Error::device("disk", error).with_fix(fix)
+        vmcore::Error::device("disk", error).with_code(code).with_fix(fix)
     }
 }
 
@@ -186,7 +204,9 @@ mod tests {
             let (text, fix) = (error.to_string(), error.fix().map(str::to_owned));
             assert_eq!(fix.is_some(), known, "{text}");
             assert!(fix.as_ref().is_none_or(|fix| text.ends_with(fix.as_str())), "{text}: {fix:?}");
-            assert_eq!(vmcore::Error::from(error).fix(), fix.as_deref());
+            let code = error.code();
+            let error = vmcore::Error::from(error);
+            assert_eq!((error.fix(), error.code()), (fix.as_deref(), code));
         }
     }
 }

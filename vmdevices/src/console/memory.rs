@@ -170,6 +170,16 @@ pub enum ExpectError {
     },
 }
 
+impl ExpectError {
+    /// Its code, in the manner of [`vmcore::Error::code`].
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Timeout { .. } => "expect.timeout",
+            Self::Closed { .. } => "expect.closed",
+        }
+    }
+}
+
 impl Script {
     /// Waits until the guest has put out `pattern`, and returns all it put out since the last match
     /// up to and with the pattern. What is not UTF-8 comes as U+FFFD.

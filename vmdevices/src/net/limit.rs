@@ -27,6 +27,15 @@ pub struct Rates {
     pub packets: Option<Rate>,
 }
 
+impl Rates {
+    /// So many bytes each second, of which those of a twentieth of one may come at once, and of a few packets in any
+    /// case.
+    pub fn bytes(per_second: u64) -> Self {
+        let burst = (per_second / 20).max(100_000);
+        Self { bytes: Some(Rate { per_second, burst }), packets: None }
+    }
+}
+
 /// Limits what goes through one or several back ends, all together: the queues of one card, or several
 /// cards.
 ///
@@ -35,12 +44,12 @@ pub struct Rates {
 ///
 /// ```no_run
 /// # fn main() -> vmcore::Result<()> {
-/// use vmdevices::{Net, net::{Limiter, Rates, Tap}, rate::Rate};
+/// use vmdevices::{Net, net::{Limiter, Rates}, rate::Rate};
 ///
-/// // 100 Mbit/s in each direction, 1 MB at once.
+/// // 100 Mbit/s to the guest, 1 MB at once, and a tenth of that from it.
 /// let bytes = Some(Rate { per_second: 12_500_000, burst: 1_000_000 });
-/// let rates = Rates { bytes, packets: None };
-/// let card = Net::new(Limiter::new(rates, rates).limit(Tap::open("tap0")?)?)?;
+/// let limiter = Limiter::new(Rates::bytes(1_250_000), Rates { bytes, packets: None });
+/// let card = Net::tap("tap0")?.limit(&limiter)?;
 /// # Ok(())
 /// # }
 /// ```

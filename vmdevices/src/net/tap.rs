@@ -122,6 +122,19 @@ pub enum TapError {
 }
 
 impl TapError {
+    /// Its code, as [`vmcore::Error::code`] has it.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Driver { .. } => "tap.driver",
+            Self::Name { .. } => "tap.name",
+            Self::Permission { .. } => "tap.permission",
+            Self::Busy { .. } => "tap.busy",
+            Self::Queues { .. } => "tap.queues",
+            Self::Unsuitable { .. } => "tap.unsuitable",
+            Self::Host { .. } => "tap.host",
+        }
+    }
+
     /// What to do about it, where the text says so and no name is in it: the part that does.
     pub fn fix(&self) -> Option<&str> {
         match self {
@@ -138,8 +151,9 @@ impl TapError {
 
 impl From<TapError> for vmcore::Error {
     fn from(error: TapError) -> Self {
+        let code = error.code();
         let fix = error.fix().map(str::to_owned);
-        vmcore::Error::device("tap", error).with_fix(fix)
+        vmcore::Error::device("tap", error).with_code(code).with_fix(fix)
     }
 }
 

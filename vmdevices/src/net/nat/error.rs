@@ -52,6 +52,16 @@ pub enum NatError {
 }
 
 impl NatError {
+    /// Its code, as [`vmcore::Error::code`] has it.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Host { .. } => "nat.host",
+            Self::Bind { .. } => "nat.bind",
+            Self::Text { .. } => "nat.text",
+            Self::Setting { .. } => "nat.setting",
+        }
+    }
+
     /// What to do about it: the part of the text that says so.
     pub fn fix(&self) -> &str {
         match self {
@@ -70,8 +80,9 @@ impl NatError {
 
 impl From<NatError> for vmcore::Error {
     fn from(error: NatError) -> Self {
+        let code = error.code();
         let fix = error.fix().to_owned();
-        vmcore::Error::device("NAT", error).with_fix(Some(fix))
+        vmcore::Error::device("NAT", error).with_code(code).with_fix(Some(fix))
     }
 }
 
@@ -91,7 +102,9 @@ mod tests {
         ] {
             let (text, fix) = (error.to_string(), error.fix().to_owned());
             assert!(text.ends_with(&fix), "{text}: {fix}");
-            assert_eq!(vmcore::Error::from(error).fix(), Some(fix.as_str()));
+            let code = error.code();
+            let error = vmcore::Error::from(error);
+            assert_eq!((error.fix(), error.code()), (Some(fix.as_str()), code));
         }
     }
 }

@@ -63,12 +63,21 @@ impl Nat {
     /// # Errors
     /// [`NatError::Setting`] for others.
     pub fn with_mtu(mut self, mtu: u16) -> Result<Self, NatError> {
+        self.set_mtu(mtu)?;
+        Ok(self)
+    }
+
+    /// As [`Nat::with_mtu`], in place.
+    ///
+    /// # Errors
+    /// As there; nothing is changed then.
+    pub fn set_mtu(&mut self, mtu: u16) -> Result<(), NatError> {
         if !(LEAST_MTU..=MOST_MTU).contains(&mtu) {
             let fix = "give 1280 to 65520 bytes";
             return Err(NatError::Setting { what: "the MTU of a NAT", value: mtu.to_string(), fix });
         }
         self.env.config.mtu = mtu;
-        Ok(self)
+        Ok(())
     }
 
     /// The host name that DHCP gives the guest.
@@ -139,6 +148,17 @@ impl Nat {
     pub fn resolvers(mut self, servers: impl IntoIterator<Item = SocketAddr>) -> Self {
         self.names.use_servers(servers.into_iter().collect());
         self
+    }
+
+    /// The resolver that `text` names: an address, or an address and a port (`192.0.2.53`, `[::1]:5353`).
+    ///
+    /// # Errors
+    /// [`NatError::Text`] for something else.
+    pub fn resolver(text: &str) -> Result<SocketAddr, NatError> {
+        let alone = text.parse().map(|address: IpAddr| SocketAddr::new(address, 53));
+        alone.or_else(|_| text.parse()).map_err(|_| {
+            NatError::text("a resolver", text.into(), "write it as 192.0.2.53 or [2001:db8::53]:5353")
+        })
     }
 
     /// Asks the resolvers of this resolv.conf(5), which is read again when it changes.

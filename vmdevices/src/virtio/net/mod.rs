@@ -32,7 +32,7 @@ use self::filter::Filter;
 use self::header::{OFFLOADS, TO_GUEST};
 use self::pair::{Pair, Parts};
 use super::device::{Activation, DeviceType, VirtioDevice, Worker, read_config_bytes};
-use crate::net::{Capture, Nat, NetBackend, Tap, TapError, alone as lock};
+use crate::net::{Capture, Limiter, Nat, NetBackend, Tap, TapError, alone as lock};
 use crate::saved;
 
 pub use self::card::{NetCounters, NetHandle};
@@ -189,6 +189,15 @@ impl Net {
     /// # Errors
     /// [`Error::Config`] below 68.
     pub fn mtu(mut self, mtu: u16) -> Result<Self> {
+        self.set_mtu(mtu)?;
+        Ok(self)
+    }
+
+    /// As [`Net::mtu`], in place.
+    ///
+    /// # Errors
+    /// As there; nothing is changed then.
+    pub fn set_mtu(&mut self, mtu: u16) -> Result<()> {
         if mtu < LEAST_MTU {
             return Err(Error::Config {
                 what: "MTU of a network card",
@@ -197,11 +206,11 @@ impl Net {
             });
         }
         self.mtu = Some(mtu);
-        Ok(self)
+        Ok(())
     }
 
     /// Tells the guest that the link has `megabits` per second, in both directions at once. It is told
-    /// no speed otherwise. This limits nothing; see [`Limiter`](crate::net::Limiter).
+    /// no speed otherwise. This limits nothing; see [`Net::limit`].
     pub fn speed(mut self, megabits: u32) -> Self {
         // Section 5.1.4: 0 to 0x7fffffff.
         self.speed = Some(megabits.min(u32::MAX >> 1));
@@ -214,6 +223,17 @@ impl Net {
         let recorded = |backend| Arc::new(Mutex::new(capture.record(backend))) as Backend;
         self.backends = self.backends.into_iter().map(recorded).collect();
         self
+    }
+
+    /// Limits what goes through all queues of the card with `limiter`, as [`Limiter::limit`] does with a back end. What
+    /// is [recorded](Net::record) after that is what has got through.
+    ///
+    /// # Errors
+    /// As [`Limiter::limit`].
+    pub fn limit(mut self, limiter: &Limiter) -> Result<Self> {
+        let limited = |backend| Ok(Arc::new(Mutex::new(limiter.limit(backend)?)) as Backend);
+        self.backends = self.backends.into_iter().map(limited).collect::<Result<_>>()?;
+        Ok(self)
     }
 
     /// The card in the running machine, for other threads.
