@@ -6,6 +6,7 @@
 
 #[path = "images/mod.rs"]
 mod tool;
+mod transport;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tool::{create, qemu_img};
+use transport::virtio;
 use vmcore::boot::Linux;
 use vmcore::host::{self, Status};
 use vmcore::{Accel, Outcome, Vm};
@@ -71,9 +73,9 @@ fn boot_again(
         .memory(512 << 20)
         .boot(linux)
         .attach(Pc::new().serial(serial))
-        .attach(Disk::image(Image::qcow2(&overlay).backing(Image::raw(root))).unwrap());
+        .attach(virtio(Disk::image(Image::qcow2(&overlay).backing(Image::raw(root))).unwrap()));
     for disk in disks {
-        builder = builder.attach(disk);
+        builder = builder.attach(virtio(disk));
     }
     let mut vm = builder.build().unwrap();
     script.send("stty -echo; PS1=; echo re''ady\n").unwrap();

@@ -16,6 +16,7 @@ use vmdevices::virtio::{Interrupt, NetHandle, Threading, VirtioMmio};
 use vmdevices::{Disk, Net, Pc};
 
 use super::network::{ip, namespace};
+use super::transport::virtio;
 use super::{LIMIT, accel, ask, guests_with};
 
 /// The cards' addresses, but for the last byte.
@@ -70,10 +71,10 @@ fn network_cards_do_what_linux_asks_of_them() {
         .memory(256 << 20)
         .boot(linux)
         .attach(Pc::new().serial(serial))
-        .attach(Disk::open_read_only(guests.join("root.ext4")).unwrap())
-        .attach(first)
-        .attach(second)
-        .attach(third)
+        .attach(virtio(Disk::open_read_only(guests.join("root.ext4")).unwrap()))
+        .attach(virtio(first))
+        .attach(virtio(second))
+        .attach(virtio(third))
         .build()
         .unwrap();
     script.send("stty -echo; echo re''ady\n").unwrap();

@@ -9,6 +9,7 @@ use vmdevices::console::Script;
 use vmdevices::virtio::Balloon;
 
 use super::super::guests;
+use super::super::transport::virtio;
 use super::{LIMIT, at_the_shell, machine, shell};
 
 const MIB: u64 = 1 << 20;
@@ -53,7 +54,7 @@ fn memory_that_the_guest_gives_back_leaves_the_hosts() {
     let balloon = Balloon::new().unwrap().free_page_reporting(false);
     let handle = balloon.handle();
     let (builder, script) = machine(&guests, "cloud", "", 512);
-    let vm = builder.attach(balloon).build().unwrap();
+    let vm = builder.attach(virtio(balloon)).build().unwrap();
     let memory = vm.memory().clone();
     at_the_shell(vm, &script, || {
         shell(
@@ -98,7 +99,7 @@ fn memory_that_the_guest_gives_back_leaves_the_hosts() {
 fn free_memory_is_reported_and_leaves_the_hosts() {
     let Some(guests) = guests() else { return };
     let (builder, script) = machine(&guests, "cloud", "", 512);
-    let vm = builder.attach(Balloon::new().unwrap()).build().unwrap();
+    let vm = builder.attach(virtio(Balloon::new().unwrap())).build().unwrap();
     let memory = vm.memory().clone();
     at_the_shell(vm, &script, || {
         shell(

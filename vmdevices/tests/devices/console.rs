@@ -6,6 +6,7 @@ use vmdevices::VirtioConsole;
 use vmdevices::console::{self, Script};
 
 use super::super::guests;
+use super::super::transport::virtio;
 use super::{LIMIT, at_the_shell, machine, shell};
 
 /// Waits until the guest says `wanted` when it is asked for it.
@@ -30,7 +31,7 @@ fn ports_have_names_and_terminals_change_their_size() {
     let handle = device.handle().unwrap();
     handle.set_size(0, 100, 30).unwrap();
     let (builder, script) = machine(&guests, "cloud", "", 256);
-    let vm = builder.attach(device).build().unwrap();
+    let vm = builder.attach(virtio(device)).build().unwrap();
     port.send("early words\n").unwrap();
     at_the_shell(vm, &script, || {
         let names = shell(&script, "cat /sys/class/virtio-ports/vport0p1/name");
@@ -81,7 +82,7 @@ fn a_single_terminal_changes_its_size_too() {
     let device = VirtioConsole::new(console::Null);
     let handle = device.handle().unwrap();
     let (builder, script) = machine(&guests, "cloud", "", 256);
-    let vm = builder.attach(device).build().unwrap();
+    let vm = builder.attach(virtio(device)).build().unwrap();
     at_the_shell(vm, &script, || {
         handle.set_size(0, 120, 33).unwrap();
         becomes(&script, "stty size </dev/hvc0", "33 120");

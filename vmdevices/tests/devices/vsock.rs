@@ -9,6 +9,7 @@ use std::time::Duration;
 use vmdevices::{Disk, Vsock};
 
 use super::super::guests_with;
+use super::super::transport::virtio;
 use super::{LIMIT, at_the_shell, machine, shell};
 
 /// Streams of each direction, and how many bytes the longest of them sends.
@@ -123,8 +124,8 @@ fn a_hundred_streams_go_each_way_and_end_in_every_way() {
     let (builder, script) = machine(&guests, "cloud", "root=/dev/vda ro", 512);
     let vm = builder
         .cpus(2)
-        .attach(Disk::open_read_only(guests.join("debian.ext4")).unwrap())
-        .attach(vsock)
+        .attach(virtio(Disk::open_read_only(guests.join("debian.ext4")).unwrap()))
+        .attach(virtio(vsock))
         .build()
         .unwrap();
     at_the_shell(vm, &script, || {

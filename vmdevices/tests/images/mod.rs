@@ -13,8 +13,10 @@ pub fn directory() -> Option<tempfile::TempDir> {
         println!("skipped: there is no qemu-img: install qemu-utils");
         return None;
     }
-    // Not in memory: a file system there may have no O_DIRECT.
-    Some(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap())
+    // Not in memory: a file system there may have no O_DIRECT. In the rig it is not there yet.
+    let parent = env!("CARGO_TARGET_TMPDIR");
+    std::fs::create_dir_all(parent).unwrap();
+    Some(tempfile::tempdir_in(parent).unwrap())
 }
 
 /// `qemu-img ARGUMENTS`; they are split at spaces.

@@ -13,6 +13,7 @@ use vmdevices::console::Script;
 use vmdevices::net::{Forward, Nat};
 use vmdevices::{Disk, Net, Pc, console};
 
+use super::transport::virtio;
 use super::{LIMIT, accel, ask, guests, guests_with};
 
 /// What udhcpc runs: sets what it got.
@@ -93,9 +94,9 @@ fn boot(guests: &Path, more: &str, disk: Option<Disk>, nat: Nat, act: impl FnOnc
         .memory(256 << 20)
         .boot(linux)
         .attach(Pc::new().serial(serial))
-        .attach(Net::nat(nat).unwrap());
+        .attach(virtio(Net::nat(nat).unwrap()));
     if let Some(disk) = disk {
-        builder = builder.attach(disk);
+        builder = builder.attach(virtio(disk));
     }
     let mut vm = builder.build().unwrap();
     let transcript = script.clone();
