@@ -11,6 +11,8 @@ import re
 import resource
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -389,12 +391,53 @@ UNREACHED = {
     "boot.table": "no device that Python can attach is one that no table can describe",
     "boot.memory": "what is loaded goes to memory that has just been found to be there",
     "disk.guess": "the format of an image that is written is never guessed here",
-    "tap.driver": "what a tap that may not be had is refused for depends on the host and on who asks",
-    "tap.permission": "as tap.driver",
-    "tap.busy": "as tap.driver",
-    "tap.unsuitable": "as tap.driver",
-    "tap.host": "as tap.driver",
+    "tap.host": "what a host refuses that has a tap",
 }
+
+#: What a process of its own does first, and the error that it then meets.
+APART = {
+    "tap.driver": ("os.chroot(tempfile.mkdtemp())", "vmcore.Net.tap('tap0')"),
+    "tap.permission": ("without_cap_net_admin()", "vmcore.Net.tap('vmcorenot')"),
+    "tap.unsuitable": ("in_a_network_of_its_own()", "vmcore.Net.tap('lo')"),
+    "tap.busy": ("in_a_network_of_its_own(); tap = vmcore.Net.tap('tap0')", "vmcore.Net.tap('tap0')"),
+}
+
+SCRIPT = """
+import ctypes, os, tempfile
+import vmcore
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+def check(result):
+    if result != 0:
+        raise PermissionError(ctypes.get_errno(), "not allowed")
+
+def without_cap_net_admin():
+    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    check(libc.capget(header, data))
+    data[0] &= ~(1 << 12)
+    check(libc.capset(header, data))
+    has_driver()
+
+def in_a_network_of_its_own():
+    if libc.unshare(0x40000000) != 0:
+        check(libc.unshare(0x50000000))
+    has_driver()
+
+def has_driver():
+    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        raise PermissionError("there is no /dev/net/tun")
+
+try:
+    PREPARE
+except PermissionError as error:
+    print("unable:", error)
+else:
+    try:
+        CALL
+    except vmcore.Error as error:
+        print(error.code)
+"""
 
 TREE = Path(__file__).parents[2]
 #: Where Rust has the errors whose codes begin so.
@@ -421,10 +464,20 @@ def codes_of(prefix: str, name: str, path: str) -> set[str]:
 def test_each_error_of_rust_is_provoked_or_has_a_reason() -> None:
     # Of these two Python has what is inside.
     codes = {code for enum in ENUMS for code in codes_of(*enum)} - {"memory", "boot"}
-    provoked = {code for *_, code in CASES} | {"backend_unusable", "memory.numa_nodes"}
+    provoked = {code for *_, code in CASES} | set(APART) | {"backend_unusable", "memory.numa_nodes"}
     assert codes - provoked == set(UNREACHED)
     # The rest is Python's own.
     assert provoked - codes == {"closed", "timeout"}
+
+
+@pytest.mark.parametrize("code", APART)
+def test_taps_that_cannot_be_had_say_why(code: str) -> None:
+    prepare, call = APART[code]
+    script = SCRIPT.replace("PREPARE", prepare).replace("CALL", call)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    if done.stdout.startswith("unable:"):
+        pytest.skip(done.stdout)
+    assert (done.stdout, done.stderr) == (f"{code}\n", "")
 
 
 def test_nodes_that_are_not_there_are_refused(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ pub fn directory() -> Option<tempfile::TempDir> {
         println!("skipped: there is no qemu-img: install qemu-utils");
         return None;
     }
-    // Not in memory: a file system there may have no O_DIRECT. In the rig it is not there yet.
-    let parent = env!("CARGO_TARGET_TMPDIR");
-    std::fs::create_dir_all(parent).unwrap();
+    // Not in memory: a file system there may have no O_DIRECT. All the rig has on a disk is the guests.
+    let in_rig = std::env::var_os("VMCORE_RIG").and_then(|_| std::env::var_os("VMCORE_GUESTS"));
+    let parent = in_rig.unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into());
     Some(tempfile::tempdir_in(parent).unwrap())
 }
 
