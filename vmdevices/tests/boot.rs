@@ -11,6 +11,7 @@ mod nat;
 mod network;
 mod other;
 mod pci;
+mod recorded;
 mod transport;
 
 use std::io;

@@ -3,7 +3,11 @@
 //! `make fuzz` runs every target for ten minutes, `vmdevices/fuzz/run SECONDS TARGET...` some of them, and
 //! `cargo fuzz run TARGET` from `vmdevices/` works as well. `tests/any_driver.rs` runs the same drivers on
 //! what is in `corpus/`, and on a few fixed inputs.
+//!
+//! `corpus/*/linux-*` is what a stock Debian kernel did. To record it anew (a minute or two):
+//! `VMCORE_FUZZ_CORPUS=vmdevices/fuzz/corpus cargo test -p vmdevices --test boot -- --ignored fuzz_seeds`.
 
+mod chain;
 pub mod nat;
 mod pci;
 
@@ -14,12 +18,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vmcore::{BusDevice, GuestAddress, GuestMemory, IrqLine, MemoryRegion};
-use vmdevices::block::BlockBackend;
+use vmdevices::block::{BlockBackend, DiskStats};
 use vmdevices::buffers::Buffers;
 use vmdevices::net::{HEADER, MOST_PACKET, NetBackend};
 use vmdevices::virtio::{Interrupt, Threading, VirtioDevice, VirtioMmio};
 use vmdevices::{Balloon, Disk, Net, Rng, VirtioConsole, Vsock, console};
 
+pub use chain::{CHAIN, INDIRECT, NOTIFY, WRITABLE};
 pub use pci::pci;
 
 /// Guest memory: 64 KiB in two regions that touch, and behind it a page that the guest cannot write.
@@ -29,35 +34,59 @@ const ROM: u64 = 2 * HALF;
 /// Queue `n` has the page behind this plus `n` pages: its table, and its rings at these offsets.
 /// The rest of the page is for indirect tables; headers and data lie wherever the input says.
 const QUEUES: u64 = 0x1000;
-const PAGE: u64 = 0x1000;
+pub const PAGE: u64 = 0x1000;
 const AVAILABLE: u64 = 0x100;
 const USED: u64 = 0x200;
 /// Entries of a queue.
-const SIZE: u16 = 8;
+pub const SIZE: u16 = 8;
 /// Bytes of the input that are laid over each queue's page before the driver is ready.
 pub const LAYOUT: usize = 0x400;
 /// Bytes of the input before the layout: a mask of the features to leave out.
 pub const MASK: usize = 4;
-/// Bytes of each step of the script behind the layout.
+/// The bit of the mask that leaves out the layout. (It means no feature of a device.)
+pub const BARE: u32 = 1 << 31;
+/// Bytes of each step of the script behind the layout, but for those that [`CHAIN`] is.
 pub const STEP: usize = 8;
+/// The most queues a device here has.
+pub const MOST_QUEUES: usize = 6;
 
 /// What a driver has come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct End {
     /// The device status before the last reset.
     pub status: u32,
-    /// The index of queue 0's used ring.
-    pub used: u16,
+    /// The index of each queue's available ring: how many chains were offered.
+    pub offered: [u16; MOST_QUEUES],
+    /// The index of each queue's used ring: how many of them were answered.
+    pub used: [u16; MOST_QUEUES],
 }
 
 /// Drives a disk of 16 KiB.
 pub fn block(input: &[u8]) -> End {
-    drive(Disk::new(Arc::new(Memory(Mutex::new(vec![0x5a; DISK])))), input)
+    drive(disk(), input)
+}
+
+/// What the disk has done in the end, where [`block`] tells how its driver has fared.
+pub fn requests(input: &[u8]) -> DiskStats {
+    let disk = disk();
+    let handle = disk.handle();
+    drive(disk, input);
+    handle.stats()
+}
+
+/// The disk of [`block`].
+pub fn disk() -> Disk {
+    Disk::new(Arc::new(Memory(Mutex::new(vec![0x5a; DISK]))))
 }
 
 /// Drives a network card, whose network sends packets back, and a large one now and then.
 pub fn net(input: &[u8]) -> End {
-    drive(Net::multiqueue([Echo::default(), Echo::default()]).expect("random numbers"), input)
+    drive(card(), input)
+}
+
+/// The card of [`net`] and [`net_commands`].
+pub fn card() -> Net {
+    Net::multiqueue([Echo::default(), Echo::default()]).expect("random numbers")
 }
 
 /// Where the commands and packets of [`net_commands`] lie, and answers and received packets.
@@ -69,7 +98,7 @@ const IN: u64 = 0xc000;
 /// commands were done.
 pub fn net_commands(mut input: &[u8]) -> u32 {
     let memory = memory();
-    let card = Net::multiqueue([Echo::default(), Echo::default()]).expect("random numbers");
+    let card = card();
     let features = card.features();
     let interrupt = Interrupt::Line(IrqLine::detached());
     let device = VirtioMmio::new("fuzz", card, memory.clone(), interrupt, Threading::Vcpu);
@@ -167,7 +196,8 @@ pub fn balloon(input: &[u8]) -> End {
 }
 
 /// Accepts the offered features but those that `input` masks, sets up the queues, lays `input` over
-/// them, and then does what it says: registers read and written, memory changed, queues notified.
+/// them, and then does what it says: registers read and written, memory changed, queues notified, chains
+/// offered.
 fn drive(device: impl VirtioDevice + 'static, input: &[u8]) -> End {
     let memory = memory();
     let queues = device.queue_sizes().len();
@@ -176,15 +206,23 @@ fn drive(device: impl VirtioDevice + 'static, input: &[u8]) -> End {
     let device = VirtioMmio::new("fuzz", device, memory.clone(), interrupt, Threading::Vcpu);
     let mut device = device.expect("events");
     let (mask, input) = input.split_first_chunk::<MASK>().unwrap_or((&[0; MASK], &[]));
-    negotiate(&mut device, features & !u64::from(u32::from_le_bytes(*mask)), queues);
-    let (layout, script) = input.split_at(input.len().min(LAYOUT * queues));
+    let mask = u32::from_le_bytes(*mask);
+    negotiate(&mut device, features & !u64::from(mask), queues);
+    let layout = if mask & BARE == 0 { LAYOUT * queues } else { 0 };
+    let (layout, mut script) = input.split_at(input.len().min(layout));
     for (page, part) in (QUEUES..).step_by(0x1000).zip(layout.chunks(LAYOUT)) {
         memory.write(GuestAddress(page), part).expect("memory");
     }
     write(&mut device, 0x70, 15);
 
-    for step in script.chunks_exact(STEP) {
-        let Ok([what, a, b, c, value @ ..]) = <[u8; STEP]>::try_from(step) else { continue };
+    let mut chains = chain::Chains::new(memory.clone(), queues);
+    while let Some((&[what, a, b, c], rest)) = script.split_first_chunk() {
+        if what == CHAIN {
+            script = chains.offer(&mut device, [a, b, c], rest);
+            continue;
+        }
+        let Some((&value, rest)) = rest.split_first_chunk::<4>() else { break };
+        script = rest;
         let at = u64::from(u16::from_le_bytes([a, b]));
         match what % 8 {
             0 => write(&mut device, 0x50, u32::from_le_bytes(value)),
@@ -202,12 +240,19 @@ fn drive(device: impl VirtioDevice + 'static, input: &[u8]) -> End {
         }
     }
 
-    let end = End { status: read(&mut device, 0x70), used: used(&memory) };
+    let rings = |ring: u64| {
+        let mut indices = [0; MOST_QUEUES];
+        for (page, to) in (QUEUES..).step_by(0x1000).zip(&mut indices[..queues]) {
+            *to = memory.load(GuestAddress(page + ring + 2)).expect("memory");
+        }
+        indices
+    };
+    let end = End { status: read(&mut device, 0x70), offered: rings(AVAILABLE), used: rings(USED) };
     if end.status & 64 != 0 {
         // A device that needs a reset touches nothing.
         (0..queues).for_each(|queue| offer(&memory, &mut device, queue, 0));
         device.poll();
-        assert_eq!(used(&memory), end.used, "it goes on");
+        assert_eq!(rings(USED), end.used, "it goes on");
     }
     write(&mut device, 0x70, 0);
     assert_eq!(read(&mut device, 0x70), 0, "it is not reset");
@@ -267,17 +312,18 @@ fn read(device: &mut VirtioMmio, register: u64) -> u32 {
     u32::from_le_bytes(value)
 }
 
-fn used(memory: &GuestMemory) -> u16 {
-    memory.load(GuestAddress(QUEUES + USED + 2)).expect("memory")
-}
-
 /// Makes the chain at `head` available on `queue` and notifies.
 fn offer(memory: &GuestMemory, device: &mut VirtioMmio, queue: usize, head: u16) {
+    publish(memory, queue, head);
+    write(device, 0x50, queue as u32);
+}
+
+/// Makes the chain at `head` available on `queue`.
+fn publish(memory: &GuestMemory, queue: usize, head: u16) {
     let ring = QUEUES + queue as u64 * PAGE + AVAILABLE;
     let index: u16 = memory.load(GuestAddress(ring + 2)).expect("memory");
     memory.store(GuestAddress(ring + 4 + 2 * u64::from(index % SIZE)), &head).expect("memory");
     memory.store(GuestAddress(ring + 2), &index.wrapping_add(1)).expect("memory");
-    write(device, 0x50, queue as u32);
 }
 
 const DISK: usize = 16384;

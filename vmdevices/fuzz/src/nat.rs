@@ -6,16 +6,22 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use vm_memory::Permissions;
 use vmcore::{GuestAddress, GuestMemory, MemoryRegion};
 use vmdevices::buffers::Buffers;
-use vmdevices::net::{Action, Forward, HEADER, MOST_PACKET, Nat, NetBackend};
+use vmdevices::net::{Action, Forward, HEADER, MOST_PACKET, Nat, NatStats, NetBackend};
 
 /// Bytes of each change to a frame: where, and to what.
 const CHANGE: usize = 2;
 
 /// A step that is a frame as it is, of so many bytes (16 bits) behind another byte: real traffic.
-const RAW: u8 = 253;
+pub const RAW: u8 = 253;
+/// In the last byte of a step's head: a segment of TCP goes on where the NAT's last one leads.
+pub const FOLLOW: u8 = 2;
+/// A step by which the host connects to what the NAT forwards, besides that it is a frame.
+pub const CONNECT: u8 = 254;
 
-/// What the templates have in place of the port that somebody listens on.
-const PORT: [u8; 2] = [0, 80];
+/// What frames have in place of the port that somebody listens on.
+pub const PORT: [u8; 2] = [0, 80];
+/// The port of the guest that is forwarded to.
+pub const FORWARDED: u16 = 1024;
 
 const TO_GATEWAY: [u8; 12] = [2, b'v', b'm', b'n', b'a', b't', 2, 0, 0, 0, 0, 9];
 
@@ -33,22 +39,30 @@ const PAYLOADS: [(u8, &[u8]); 8] = [
     (58, &[133, 0, 0, 0, 0, 0, 0, 0]),
 ];
 
+/// What the NAT has come to.
+#[derive(Clone, Copy, Debug)]
+pub struct End {
+    pub stats: NatStats,
+    /// How many bytes the host got from the guest by TCP.
+    pub read: u64,
+}
+
 /// Sends the frames that `input` describes (a template, how long it is to be, and changes), answers what
 /// asks for an acknowledgement now and then, and takes all that comes.
-pub fn nat(input: &[u8]) {
+pub fn nat(input: &[u8]) -> End {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
     listener.set_nonblocking(true).expect("a descriptor");
     let port = listener.local_addr().expect("an address").port();
     let nat = Nat::new().expect("descriptors").gateway_is_host().resolvers([]).most_flows(8);
     let nat = nat.name("box", [Ipv4Addr::LOCALHOST.into()]).otherwise(Action::Deny);
     let open = format!("tcp:10.0.2.2:{port}").parse().expect("a destination");
-    let nat = nat.allow(open).forward(Forward::tcp(0, 1024)).expect("a port");
+    let nat = nat.allow(open).forward(Forward::tcp(0, FORWARDED)).expect("a port");
     let forward = nat.handle().forwards()[0].bind;
-    let mut guest = Guest { nat, memory: GuestMemory::new(), ack: [0; 8], sockets: Vec::new() };
+    let mut guest = Guest { nat, memory: GuestMemory::new(), ack: [0; 8], peer: [0; 2], sockets: Vec::new() };
     let region = MemoryRegion::anonymous(GuestAddress(0), 0x2_0000).expect("memory");
     guest.memory.insert(region.into()).expect("no overlap");
 
-    let mut rest = input;
+    let (mut rest, mut read) = (input, 0);
     while let Some((&[what, len, changes, bits], tail)) = rest.split_first_chunk::<4>() {
         rest = tail;
         guest.nat.set_features(if bits & 1 == 1 { 0x1983 } else { 0 }).expect("features");
@@ -56,36 +70,39 @@ pub fn nat(input: &[u8]) {
             let state = guest.nat.save_state().expect("a state");
             guest.nat.restore_state(&state).expect("its own state");
         }
-        if what == RAW {
+        if what == CONNECT && guest.sockets.len() < 4 {
+            guest.sockets.push(TcpStream::connect(forward).expect("the forward listens"));
+        }
+        let frame = if what == RAW {
             let (frame, tail) =
                 rest.split_at(usize::from(u16::from_le_bytes([len, changes])).min(rest.len()));
             rest = tail;
-            guest.send(frame);
-            guest.receive();
-            continue;
-        }
-        if what == 254 && guest.sockets.len() < 4 {
-            guest.sockets.push(TcpStream::connect(forward).expect("the forward listens"));
-        }
-        let (edits, tail) = rest.split_at((usize::from(changes % 8) * CHANGE).min(rest.len()));
-        rest = tail;
-        let (protocol, payload) = PAYLOADS[usize::from(what) % PAYLOADS.len()];
-        let mut payload = payload.to_vec();
-        if protocol == 6 && payload[2..4] == PORT {
-            payload[2..4].copy_from_slice(&port.to_be_bytes());
-            if bits & 2 == 2 {
-                // Where the NAT's last segment of TCP leads.
-                payload[4..12].copy_from_slice(&guest.ack);
+            let mut frame = frame.to_vec();
+            if bits & FOLLOW != 0 {
+                guest.follow(&mut frame, port);
             }
-        }
-        let mut frame = frame(protocol, &payload, bits & 4 == 4);
-        for edit in edits.chunks_exact(CHANGE) {
-            let at = usize::from(edit[0]) % frame.len();
-            frame[at] = edit[1];
-        }
-        if len > 0 {
-            frame.resize(usize::from(len) * 8, 0x5a);
-        }
+            frame
+        } else {
+            let (edits, tail) = rest.split_at((usize::from(changes % 8) * CHANGE).min(rest.len()));
+            rest = tail;
+            let (protocol, payload) = PAYLOADS[usize::from(what) % PAYLOADS.len()];
+            let mut payload = payload.to_vec();
+            if protocol == 6 && payload[2..4] == PORT {
+                payload[2..4].copy_from_slice(&port.to_be_bytes());
+                if bits & FOLLOW != 0 {
+                    payload[4..12].copy_from_slice(&guest.ack);
+                }
+            }
+            let mut frame = frame(protocol, &payload, bits & 4 == 4);
+            for edit in edits.chunks_exact(CHANGE) {
+                let at = usize::from(edit[0]) % frame.len();
+                frame[at] = edit[1];
+            }
+            if len > 0 {
+                frame.resize(usize::from(len) * 8, 0x5a);
+            }
+            frame
+        };
         guest.send(&frame);
         if bits & 8 == 0 {
             guest.receive();
@@ -97,11 +114,13 @@ pub fn nat(input: &[u8]) {
         for socket in &mut guest.sockets {
             socket.set_nonblocking(true).expect("a descriptor");
             drop(socket.write(b"from the host"));
-            drop(socket.read(&mut [0; 4096]));
+            read += socket.read(&mut [0; 4096]).unwrap_or(0) as u64;
         }
     }
     guest.receive();
-    assert!(guest.nat.handle().stats().flows <= 8);
+    let stats = guest.nat.handle().stats();
+    assert!(stats.flows <= 8);
+    End { stats, read }
 }
 
 /// A frame with `payload` to the gateway, by IPv4 or IPv6.
@@ -129,10 +148,31 @@ struct Guest {
     memory: GuestMemory,
     /// Sequence number and acknowledgement with which the guest goes on after the last segment that it got.
     ack: [u8; 8],
+    /// The port which that segment came from.
+    peer: [u8; 2],
     sockets: Vec<TcpStream>,
 }
 
 impl Guest {
+    /// Has a segment that was recorded go on with the connections of this run: ports of the host's and first
+    /// sequence numbers of the NAT's are other ones each time. (The NAT does not look at its checksum.)
+    fn follow(&self, frame: &mut [u8], port: u16) {
+        if frame.len() < 54 || frame[12..15] != [8, 0, 0x45] || frame[23] != 6 {
+            return;
+        }
+        let (syn, ack) = (frame[47] & 2 != 0, frame[47] & 16 != 0);
+        if syn && !ack {
+            if frame[36..38] == PORT {
+                frame[36..38].copy_from_slice(&port.to_be_bytes());
+            }
+            return;
+        }
+        frame[36..38].copy_from_slice(&self.peer);
+        if ack {
+            frame[42..46].copy_from_slice(&self.ack[4..]);
+        }
+    }
+
     fn send(&mut self, frame: &[u8]) {
         self.memory.write(GuestAddress(HEADER as u64), frame).expect("memory");
         let map = self.memory.snapshot();
@@ -158,7 +198,9 @@ impl Guest {
             if frame[12..14] == [8, 0] && frame[23] == 6 {
                 let seq = u32::from_be_bytes([frame[38], frame[39], frame[40], frame[41]]);
                 let control = u32::from(frame[47] & 2 != 0) + u32::from(frame[47] & 1);
-                let next = seq.wrapping_add((len - HEADER - 54) as u32).wrapping_add(control);
+                let data = len - HEADER - 34 - 4 * usize::from(frame[46] >> 4);
+                let next = seq.wrapping_add(data as u32).wrapping_add(control);
+                self.peer.copy_from_slice(&frame[34..36]);
                 self.ack[..4].copy_from_slice(&frame[42..46]);
                 self.ack[4..].copy_from_slice(&next.to_be_bytes());
             }

@@ -20,7 +20,7 @@ use super::accel;
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// A kernel of `guests` with a shell on its serial port; what `cmdline` adds chooses its root.
-fn machine(guests: &Path, kernel: &str, cmdline: &str, memory_mib: u64) -> (VmBuilder, Script) {
+pub(super) fn machine(guests: &Path, kernel: &str, cmdline: &str, memory_mib: u64) -> (VmBuilder, Script) {
     let (serial, script) = vmdevices::console::memory().unwrap();
     let linux = Linux::new(guests.join(kernel).join("vmlinuz"))
         .initrd(guests.join(kernel).join("initrd.img"))
@@ -31,7 +31,7 @@ fn machine(guests: &Path, kernel: &str, cmdline: &str, memory_mib: u64) -> (VmBu
 }
 
 /// Runs `vm` while `user` works at its shell, which it leaves at the end.
-fn at_the_shell(mut vm: Vm, script: &Script, user: impl FnOnce() + Send) {
+pub(super) fn at_the_shell(mut vm: Vm, script: &Script, user: impl FnOnce() + Send) {
     let handle = vm.handle();
     script.send("stty -echo; PS1=; PS2=; echo re''ady\n").unwrap();
     let (outcome, used) = std::thread::scope(|scope| {
@@ -56,7 +56,7 @@ fn at_the_shell(mut vm: Vm, script: &Script, user: impl FnOnce() + Send) {
 }
 
 /// Has the shell do `command`, and gives what it puts out.
-fn shell(script: &Script, command: &str) -> String {
+pub(super) fn shell(script: &Script, command: &str) -> String {
     // A mark is split where it is typed, for shells that echo.
     script.send(format!("{command}; echo END''MARK\n")).unwrap();
     script.expect("ENDMARK", LIMIT).unwrap_or_else(|error| panic!("{command}: {error}"))
