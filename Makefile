@@ -75,11 +75,12 @@ boot-soft: guests $(TESTS)
 	VMCORE_ACCEL=soft VMCORE_REQUIRE_BOOT=1 $(TESTS)/boot_disks --test-threads=1
 	VMCORE_REQUIRE_BOOT=1 $(TESTS)/deterministic
 
-# The contract on a real kvm_amd or kvm_intel, then stock kernels on it. In the rig each of the latter has a
-# machine of its own, which now and then stands still.
+# The contract on a real kvm_amd or kvm_intel, then stock kernels on it, whose devices are on PCI where a test leaves
+# that open. In the rig each of the latter has a machine of its own, which now and then stands still.
 boot-kvm: guests $(TESTS)
 	examples/guest/real-kvm $(TESTS)/contract ::kvm::
-	VMCORE_RIG_EACH=1 examples/guest/real-kvm $(TESTS)/boot --test-threads=1 --skip other:: $(SOFT_ONLY)
+	VMCORE_RIG_EACH=1 VMCORE_TRANSPORT=pci examples/guest/real-kvm $(TESTS)/boot --test-threads=1 --skip other:: $(SOFT_ONLY)
+	VMCORE_RIG_EACH=1 VMCORE_TRANSPORT=pci examples/guest/real-kvm $(TESTS)/boot_disks --test-threads=1
 
 # The Python package, built for development: its tests, the boots among them, and its types. Everything from
 # PyPI is in a virtual environment below target/.
