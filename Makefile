@@ -61,7 +61,7 @@ SOFT_BOOTS := cloud_kernel_powers_off four_vcpus_and_six_gib_power_off a_panic_r
   files_on_a_disk_are_there_after_a_second_boot linux_finds_the_virtio_devices a_shell_answers \
   a_guest_talks a_booting_kernel_moves_within generic_kernel_powers_off without_acpi cards:: devices:: nat:: pci:: other::
 
-# What is of devices alone, whatever the processor (the pci tests pass on KVM too, by hand), or of the software CPU.
+# What is of devices alone, whatever the processor (pci and boot_disks pass on KVM too, by hand), or of the software CPU.
 SOFT_ONLY := --skip pci::pins --skip pci::the_ --skip pci::type_1 --skip nat::a_guest_keeps --skip moves_within
 
 boot: boot-soft boot-kvm
@@ -80,7 +80,7 @@ boot-soft: guests $(TESTS)
 boot-kvm: guests $(TESTS)
 	examples/guest/real-kvm $(TESTS)/contract ::kvm::
 	VMCORE_RIG_EACH=1 VMCORE_TRANSPORT=pci examples/guest/real-kvm $(TESTS)/boot --test-threads=1 --skip other:: $(SOFT_ONLY)
-	VMCORE_RIG_EACH=1 VMCORE_TRANSPORT=pci examples/guest/real-kvm $(TESTS)/boot_disks --test-threads=1
+	VMCORE_RIG_EACH=1 VMCORE_TRANSPORT=pci examples/guest/real-kvm $(TESTS)/boot_disks file_systems
 
 # The Python package, built for development: its tests, the boots among them, and its types. Everything from
 # PyPI is in a virtual environment below target/.
