@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
+use std::thread::ScopedJoinHandle;
 
 use super::attach::{Attach, Machine};
 use super::run::{Control, Shared};
@@ -163,8 +164,11 @@ impl VmBuilder {
             // The first answer takes a backend as long as making the VM, which goes on meanwhile; what
             // was learnt stays with the backend. Without the thread it is asked in its turn.
             let ask = move || drop(asked.supported_cpuid());
-            let _asking = std::thread::Builder::new().name("cpuid".into()).spawn_scoped(scope, ask);
-            self.build_on(backend, why)
+            let asking = std::thread::Builder::new().name("cpuid".into()).spawn_scoped(scope, ask);
+            let vm = self.build_on(backend, why);
+            // A scope waits for what its threads do and not for their ends, which would outlast this call.
+            drop(asking.map(ScopedJoinHandle::join));
+            vm
         })
     }
 
