@@ -44,11 +44,13 @@ fn jobs(host: &Host, side: Side, machine: &Machine, table: &mut Table) -> Result
     let mut guest = machine.boot(host, side)?;
     guest.ask("mount -t tmpfs tmpfs /tmp; mount -t tmpfs tmpfs /run; cd /tmp")?;
     for (what, words, bandwidth) in JOBS {
+        let before = guest.threads();
         // Terse format, version 3: bandwidth in KiB/s and operations per second of reads, then of writes.
         let answer = guest.ask(&format!(
             "fio --minimal --name=j --filename=/dev/vdb --direct=1 --ioengine=libaio {words} --time_based \
              --runtime={SECONDS} --ramp_time=1 --gtod_reduce=1 --norandommap --thread | grep '^3;' | cut -d';' -f7,8,48,49"
         ))?;
+        let threads = before.until(&guest.threads());
         let line = answer.lines().find(|line| line.contains(';')).unwrap_or("");
         let figures: Vec<f64> = line.trim().split(';').filter_map(|figure| figure.parse().ok()).collect();
         let &[read, reads, write, writes] = &figures[..] else {
@@ -59,7 +61,7 @@ fn jobs(host: &Host, side: Side, machine: &Machine, table: &mut Table) -> Result
         if figure <= 0.0 {
             return Err(format!("fio {words}: {answer:?}").into());
         }
-        table.add(what, unit, side, figure);
+        table.add(what, unit, side, figure, threads);
     }
     Ok(())
 }

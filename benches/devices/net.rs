@@ -100,14 +100,16 @@ fn streams(
     for (what, words) in RUNS {
         // "[  5]   0.00-4.00   sec   150 MBytes   314 Mbits/sec   receiver"; of several the sum comes last.
         let run = format!("iperf3 -c {server} -t {SECONDS} -O 1 -f m {words}");
+        let before = guest.threads();
         let answer = guest
             .ask(&format!("{run} > /tmp/out 2>&1; grep receiver /tmp/out | tail -n 1; tail -n 3 /tmp/out"))?;
+        let threads = before.until(&guest.threads());
         let line = answer.lines().find(|line| line.contains("receiver")).unwrap_or("");
         let mut words = line.split_whitespace();
         let rate = words.by_ref().take_while(|&word| word != "Mbits/sec").last();
         let rate: f64 =
             rate.and_then(|word| word.parse().ok()).ok_or_else(|| format!("{run}: {answer:?}"))?;
-        table.add(&format!("{network}, {what}"), "Mbit/s", side, rate);
+        table.add(&format!("{network}, {what}"), "Mbit/s", side, rate, threads);
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! A guest at its shell, under vmrun or under QEMU, on the same backend.
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::ffi::OsString;
 use std::io::{Read, Write};
@@ -225,6 +226,50 @@ impl Session {
         self.type_line(&format!("{{ {command}; }} 2>&1; echo END''MARK"))?;
         self.expect("ENDMARK")
     }
+
+    /// How long the threads of its program have used a processor, by their names.
+    pub fn threads(&self) -> Threads {
+        let mut seconds = BTreeMap::new();
+        for task in
+            std::fs::read_dir(format!("/proc/{}/task", self.child.id())).into_iter().flatten().flatten()
+        {
+            // proc_pid_stat(5): the name is in parentheses; utime and stime are the 12th and 13th fields behind it.
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            let Some((name, fields)) = stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(')'))
+            else {
+                continue;
+            };
+            let ticks: f64 = fields
+                .split_whitespace()
+                .skip(11)
+                .take(2)
+                .filter_map(|field| field.parse::<f64>().ok())
+                .sum();
+            *seconds.entry(name.to_owned()).or_default() += ticks / TICKS;
+        }
+        Threads { at: Instant::now(), seconds }
+    }
+}
+
+/// `sysconf(_SC_CLK_TCK)`, on every Linux of x86.
+const TICKS: f64 = 100.0;
+
+/// What [`Session::threads`] saw.
+pub struct Threads {
+    at: Instant,
+    seconds: BTreeMap<String, f64>,
+}
+
+impl Threads {
+    /// How much of a processor each thread has used until `now`, those that used any.
+    pub fn until(&self, now: &Self) -> String {
+        let passed = now.at.duration_since(self.at).as_secs_f64();
+        let share = |(name, seconds): (&String, &f64)| {
+            let used = (seconds - self.seconds.get(name).unwrap_or(&0.0)) / passed;
+            (used >= 0.05).then(|| format!("{name} {used:.2}"))
+        };
+        now.seconds.iter().filter_map(share).collect::<Vec<_>>().join(", ")
+    }
 }
 
 impl Drop for Session {
@@ -243,6 +288,8 @@ struct Row {
     what: String,
     unit: &'static str,
     figures: [Vec<f64>; 2],
+    /// What their threads did meanwhile, the last time.
+    threads: [String; 2],
 }
 
 impl Table {
@@ -251,20 +298,27 @@ impl Table {
     }
 
     /// Adds a figure: more is better.
-    pub fn add(&mut self, what: &str, unit: &'static str, side: Side, figure: f64) {
+    pub fn add(&mut self, what: &str, unit: &'static str, side: Side, figure: f64, threads: String) {
         let known = self.rows.iter().position(|row| row.what == what);
         let at = known.unwrap_or_else(|| {
-            self.rows.push(Row { what: what.into(), unit, figures: [Vec::new(), Vec::new()] });
+            self.rows.push(Row {
+                what: what.into(),
+                unit,
+                figures: [Vec::new(), Vec::new()],
+                threads: Default::default(),
+            });
             self.rows.len() - 1
         });
         self.rows[at].figures[side as usize].push(figure);
+        self.rows[at].threads[side as usize] = threads;
     }
 
-    /// Prints the medians, and how many times QEMU's figure ours is.
+    /// Prints the medians, how many times QEMU's figure ours is, and where that is less than once what share of a
+    /// processor the threads of both had: one at 1 is what limits its side.
     pub fn print(&self, title: &str) {
         println!("{title}");
         println!("{:<44}{:>12}{:>12}{:>8}  vmcore / QEMU", "", "vmcore", "QEMU", "");
-        for Row { what, unit, figures } in &self.rows {
+        for Row { what, unit, figures, threads: [ours_by, theirs_by] } in &self.rows {
             let [ours, theirs] = figures.each_ref().map(|figures| median(figures));
             let text = |figure: Option<f64>| figure.map_or("-".into(), readable);
             print!("{what:<44}{:>12}{:>12}{unit:>8}", text(ours), text(theirs));
@@ -272,6 +326,9 @@ impl Table {
                 (Some(ours), Some(theirs)) if theirs > 0.0 => {
                     let ratio = ours / theirs;
                     println!("  {ratio:.2}{}", if ratio < 1.0 { ", behind" } else { "" });
+                    if ratio < 1.0 {
+                        println!("    vmcore: {ours_by}; QEMU: {theirs_by}");
+                    }
                 }
                 _ => println!(),
             }

@@ -32,16 +32,18 @@ pub fn rng(host: &Host, count: usize) -> Result<(), Box<dyn Error>> {
     let mut table = Table::new();
     rounds(count, |side| {
         let mut guest = machine.boot(host, side)?;
+        let before = guest.threads();
         // "6400 bytes (6.4 kB, 6.2 KiB) copied, 4.00025 s, 1.6 kB/s"
         let answer =
             guest.ask(&format!("dd if=/dev/hwrng of=/dev/null bs=4k count={PAGES} 2>&1 | grep copied"))?;
+        let threads = before.until(&guest.threads());
         let answer = answer.lines().find(|line| line.contains("copied")).unwrap_or(&answer).to_owned();
         let words: Vec<&str> = answer.split_whitespace().collect();
         let bytes = words.first().and_then(|word| word.parse::<f64>().ok());
         let at = words.iter().position(|&word| word == "copied,");
         let seconds = at.and_then(|at| words.get(at + 1)?.parse::<f64>().ok());
         let (Some(bytes), Some(seconds)) = (bytes, seconds) else { return Err(answer.into()) };
-        table.add("virtio-rng, /dev/hwrng", "KiB/s", side, bytes / seconds / 1024.0);
+        table.add("virtio-rng, /dev/hwrng", "KiB/s", side, bytes / seconds / 1024.0, threads);
         Ok(())
     });
     table.print(&format!("virtio-rng by dd, {PAGES} pages each, medians of {count}:"));
@@ -80,6 +82,7 @@ pub fn vsock(host: &Host, count: usize) -> Result<(), Box<dyn Error>> {
         drop((std::fs::remove_file(&socket), std::fs::remove_file(&serial)));
         let mut guest = machine.boot(host, side)?;
         for sends in [true, false] {
+            let before = guest.threads();
             let rate = match side {
                 Side::Vmcore => {
                     let path = PathBuf::from(format!("{}_{PORT}", socket.display()));
@@ -97,7 +100,7 @@ pub fn vsock(host: &Host, count: usize) -> Result<(), Box<dyn Error>> {
                 }
             };
             let what = if sends { "vsock, guest to host" } else { "vsock, host to guest" };
-            table.add(what, "MiB/s", side, rate / f64::from(1 << 20));
+            table.add(what, "MiB/s", side, rate / f64::from(1 << 20), before.until(&guest.threads()));
         }
         Ok(())
     });
