@@ -200,9 +200,9 @@ pub extern "C" fn vmcore_net_set_limit(
     bytes_per_second: u64,
 ) -> Option<Box<vmcore_error>> {
     guard(|| {
-        let (net, rates) = (need(net, "net")?, Rates::bytes(bytes_per_second));
-        net.net = Some(net.take()?.limit(&Limiter::new(rates, rates))?);
-        Ok(())
+        let rates = Rates::bytes(bytes_per_second);
+        let net = need(net, "net")?.net.as_mut().ok_or_else(|| attached("net"))?;
+        Ok(net.set_limit(&Limiter::new(rates, rates))?)
     })
 }
 

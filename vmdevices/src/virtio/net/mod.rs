@@ -231,9 +231,19 @@ impl Net {
     /// # Errors
     /// As [`Limiter::limit`].
     pub fn limit(mut self, limiter: &Limiter) -> Result<Self> {
-        let limited = |backend| Ok(Arc::new(Mutex::new(limiter.limit(backend)?)) as Backend);
-        self.backends = self.backends.into_iter().map(limited).collect::<Result<_>>()?;
+        self.set_limit(limiter)?;
         Ok(self)
+    }
+
+    /// As [`Net::limit`], in place.
+    ///
+    /// # Errors
+    /// As there; nothing is changed then.
+    pub fn set_limit(&mut self, limiter: &Limiter) -> Result<()> {
+        let limited =
+            |backend: &Backend| Ok(Arc::new(Mutex::new(limiter.limit(backend.clone())?)) as Backend);
+        self.backends = self.backends.iter().map(limited).collect::<Result<_>>()?;
+        Ok(())
     }
 
     /// The card in the running machine, for other threads.
