@@ -89,9 +89,11 @@ pub fn card() -> Net {
     Net::multiqueue([Echo::default(), Echo::default()]).expect("random numbers")
 }
 
-/// Where the commands and packets of [`net_commands`] lie, and answers and received packets.
+/// Where the commands and packets of [`net_commands`] lie, received packets, and answers: on places of their
+/// own, as a packet may come at any moment.
 const OUT: u64 = 0x8000;
 const IN: u64 = 0xc000;
+const ANSWER: u64 = 0xf000;
 
 /// Sends a network card well-formed chains of whatever content: commands, packets, and packets that
 /// come. Each step is a byte that chooses, a length in 16 bits, and as many bytes. Returns how many
@@ -99,14 +101,14 @@ const IN: u64 = 0xc000;
 pub fn net_commands(mut input: &[u8]) -> u32 {
     let memory = memory();
     let card = card();
-    let features = card.features();
+    let features = card.features() | RING_FEATURES;
     let interrupt = Interrupt::Line(IrqLine::detached());
     let device = VirtioMmio::new("fuzz", card, memory.clone(), interrupt, Threading::Vcpu);
     let mut device = device.expect("events");
     negotiate(&mut device, features & u64::from(u32::MAX), 5);
     write(&mut device, 0x70, 15);
     // A chain of one piece to read and one to write, either of which may be missing.
-    let chain = |device: &mut VirtioMmio, queue: usize, read: usize, write: u32| {
+    let chain = |device: &mut VirtioMmio, queue: usize, read: usize, to: u64, write: u32| {
         let table = QUEUES + queue as u64 * PAGE;
         let index = |ring: u64| memory.load::<u16>(GuestAddress(table + ring + 2)).expect("memory");
         // All entries are with the device: one more would break the rules.
@@ -114,7 +116,7 @@ pub fn net_commands(mut input: &[u8]) -> u32 {
             return;
         }
         let mut pieces = Vec::new();
-        for (at, len, flags) in [(OUT, read as u32, 0), (IN, write, 2)] {
+        for (at, len, flags) in [(OUT, read as u32, 0), (to, write, 2)] {
             if len > 0 {
                 pieces.push((at, len, flags));
             }
@@ -136,14 +138,14 @@ pub fn net_commands(mut input: &[u8]) -> u32 {
         memory.write(GuestAddress(OUT), data).expect("memory");
         match what % 8 {
             0..3 => {
-                memory.write(GuestAddress(IN), &[0xcc]).expect("memory");
-                chain(&mut device, 4, len, 1);
-                let answer: u8 = memory.load(GuestAddress(IN)).expect("memory");
+                memory.write(GuestAddress(ANSWER), &[0xcc]).expect("memory");
+                chain(&mut device, 4, len, ANSWER, 1);
+                let answer: u8 = memory.load(GuestAddress(ANSWER)).expect("memory");
                 assert!(answer <= 1, "{answer}: no answer to a command");
                 done += u32::from(answer == 0);
             }
-            3 | 4 => chain(&mut device, usize::from(1 + what / 8 % 2 * 2), len.max(1), 0),
-            5 => chain(&mut device, usize::from(what / 8 % 2 * 2), 0, 0x3000),
+            3 | 4 => chain(&mut device, usize::from(1 + what / 8 % 2 * 2), len.max(1), IN, 0),
+            5 => chain(&mut device, usize::from(what / 8 % 2 * 2), 0, IN, 0x3000),
             6 => device.read(0x100 + u64::from(low % 24), &mut [0; 8][..1 << (high % 4)]),
             _ => {
                 let state = device.save().expect("nothing is in flight");
@@ -201,7 +203,7 @@ pub fn balloon(input: &[u8]) -> End {
 fn drive(device: impl VirtioDevice + 'static, input: &[u8]) -> End {
     let memory = memory();
     let queues = device.queue_sizes().len();
-    let features = device.features();
+    let features = device.features() | RING_FEATURES;
     let interrupt = Interrupt::Line(IrqLine::detached());
     let device = VirtioMmio::new("fuzz", device, memory.clone(), interrupt, Threading::Vcpu);
     let mut device = device.expect("events");
@@ -273,14 +275,16 @@ fn memory() -> GuestMemory {
     memory
 }
 
+/// INDIRECT_DESC and EVENT_IDX, which the transport adds to what a device offers.
+const RING_FEATURES: u64 = 3 << 28;
+
 /// Brings the device to where its queues are set up and the driver is not ready yet.
 fn negotiate(device: &mut VirtioMmio, features: u64, queues: usize) {
     let [a, b, c, d, ..] = features.to_le_bytes();
     for (register, value) in [
         (0x70, 1),
         (0x70, 3),
-        // INDIRECT_DESC and EVENT_IDX, where they are not masked.
-        (0x20, u32::from_le_bytes([a, b, c, d]) | 3 << 28),
+        (0x20, u32::from_le_bytes([a, b, c, d])),
         (0x24, 1),
         // VERSION_1 and RING_RESET.
         (0x20, 1 | 1 << 8),
