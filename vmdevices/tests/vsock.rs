@@ -84,10 +84,13 @@ fn client(stream: UnixStream) -> UnixStream {
 
 #[test]
 fn the_socket_connects_clients_to_ports_of_the_guest() {
-    for machine in Machine::both() {
+    // With room in the guest for one of its buffers at a time, and for more than it has buffers.
+    for (machine, room) in
+        [4096, 200_000].into_iter().flat_map(|room| Machine::both().map(move |m| (m, room)))
+    {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vm.sock");
-        let mut guest = Guest::new(&machine, Vsock::new(CID).unwrap().socket(&path).unwrap(), 4096);
+        let mut guest = Guest::new(&machine, Vsock::new(CID).unwrap().socket(&path).unwrap(), room);
         guest.sockets.listen(1000);
 
         let mut host = client(UnixStream::connect(&path).unwrap());

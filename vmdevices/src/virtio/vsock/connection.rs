@@ -18,7 +18,7 @@ pub(super) const ROOM: u32 = 128 << 10;
 /// The guest is told of new room when this much has come since it was last told.
 const TELL: u32 = ROOM / 4;
 
-/// Most bytes of one packet to the guest.
+/// Most bytes that one read takes from the host's side, in however many packets.
 const MOST_PAYLOAD: usize = 64 << 10;
 
 /// Who asked for a stream, and so waits for the guest's answer.
@@ -51,7 +51,8 @@ pub(super) enum After {
     Gone,
 }
 
-/// A packet to the guest, whose payload is written already.
+/// A packet to the guest, whose payload is written already, or several that differ in nothing but `len`,
+/// which is then that of all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Packet {
     pub(super) op: u16,

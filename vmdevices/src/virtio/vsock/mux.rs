@@ -15,6 +15,7 @@ use super::front::{Front, Handshakes, Line, read_line};
 use super::handle::Shared;
 use super::packet::{HEADER, HOST, Header, STREAM, op};
 use crate::buffers::Buffers;
+use crate::virtio::queue::Chain;
 
 /// Most streams at once. Each keeps up to 128 KiB that the host's side does not take.
 pub(super) const MOST_STREAMS: usize = 1024;
@@ -314,36 +315,61 @@ impl Mux {
         self.insert(key, stream)
     }
 
-    /// Puts the next packet for the guest into `room`, which has room for a header: its length, or
-    /// `None` where there is none.
-    pub(super) fn next(&mut self, room: &mut Buffers<'_>) -> Option<usize> {
-        let mut head = room.take(HEADER);
+    /// Puts the next packets for the guest into the first of `chains`, each of which has room for a header:
+    /// one, or as many as are filled by one read of a stream. Adds them to `used`, with their lengths.
+    pub(super) fn next(&mut self, chains: &mut [Chain<'_>], used: &mut Vec<(u16, u32)>) {
         if let Some(reply) = self.replies.pop_front() {
-            head.write(&reply.bytes());
-            return Some(HEADER);
+            return write(chains, &reply, used);
         }
+        let room = payload(chains);
         while let Some(key) = self.line.pop_front() {
             let Some(stream) = self.streams.get_mut(&key) else { continue };
             stream.queued = false;
-            match stream.next(room) {
+            match stream.next(&room) {
                 Next::Packet(packet) => {
                     let (buf_alloc, fwd_cnt) = stream.tell_credit();
-                    let length = HEADER + usize::try_from(packet.len).unwrap_or(0);
                     let header = Header { buf_alloc, fwd_cnt, ..self.header(key, packet) };
-                    head.write(&header.bytes());
+                    write(chains, &header, used);
                     // Behind all others, if it has more.
-                    self.with(key, |_| After::Keep);
-                    return Some(length);
+                    return self.with(key, |_| After::Keep);
                 }
                 Next::Nothing => {}
                 Next::Reset => {
                     self.streams.remove(&key);
                     let packet = Packet { op: op::RST, ..Packet::default() };
-                    head.write(&self.header(key, packet).bytes());
-                    return Some(HEADER);
+                    return write(chains, &self.header(key, packet), used);
                 }
             }
         }
-        None
+    }
+}
+
+/// Where the payloads of packets in `chains` go, up to the first that has room for a header only.
+fn payload<'m>(chains: &[Chain<'m>]) -> Buffers<'m> {
+    let mut room = Buffers::default();
+    for chain in chains {
+        let mut buffer = chain.writable.view();
+        buffer.advance(HEADER);
+        if buffer.is_empty() {
+            break;
+        }
+        room.append(buffer);
+    }
+    room
+}
+
+/// Writes `header`, whose payload is in the [`payload`] of `chains`, to the first of them, and to as many as
+/// it reaches into, each with the length of what is there.
+fn write(chains: &mut [Chain<'_>], header: &Header, used: &mut Vec<(u16, u32)>) {
+    let bytes = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    let mut left = usize::try_from(header.len).unwrap_or(usize::MAX);
+    for chain in chains {
+        let here = left.min(chain.writable.len().saturating_sub(HEADER));
+        chain.writable.write(&Header { len: bytes(here), ..*header }.bytes());
+        used.push((chain.head, bytes(HEADER + here)));
+        left -= here;
+        if left == 0 {
+            break;
+        }
     }
 }

@@ -14,6 +14,10 @@ pub(super) const EVENT: u16 = 2;
 /// Packets of one direction before others have a turn.
 const TURN: usize = 64;
 
+/// Buffers of the guest that one read of a stream fills: those of Linux have 4 KiB, and a read would
+/// otherwise be a system call for each.
+const MOST_CHAINS: usize = 16;
+
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`: all streams are gone (section 5.10.6.7).
 const TRANSPORT_RESET: u32 = 0;
 
@@ -72,29 +76,41 @@ impl VsockWorker {
         let held = self.mux.is_full();
         let Some(queue) = self.queues.get_mut(usize::from(RECEIVE)) else { return Ok(Progress::Idle) };
         queue.disable_notifications(&map)?;
-        for _ in 0..TURN {
+        let (mut given, mut batch) = (0, 1);
+        let (mut chains, mut used) = (Vec::with_capacity(MOST_CHAINS), Vec::with_capacity(MOST_CHAINS));
+        while given < TURN {
             if !self.mux.has_packets() {
                 queue.signal(&map)?;
                 return Ok(if held { Progress::More } else { Progress::Idle });
             }
-            let Some(mut chain) = queue.pop(&map)? else {
+            while chains.len() < batch
+                && let Some(chain) = queue.pop(&map)?
+            {
+                if chain.writable.len() < HEADER {
+                    let what = "a buffer without room for a header";
+                    return Err(QueueError::Request { queue: RECEIVE, what });
+                }
+                chains.push(chain);
+            }
+            if chains.is_empty() {
                 queue.signal(&map)?;
                 if !queue.enable_notifications(&map)? {
                     return Ok(if held && !self.mux.is_full() { Progress::More } else { Progress::Idle });
                 }
                 queue.disable_notifications(&map)?;
+                // Counts as one, or a driver that takes buffers back could keep this going for ever.
+                given += 1;
                 continue;
-            };
-            if chain.writable.len() < HEADER {
-                return Err(QueueError::Request {
-                    queue: RECEIVE,
-                    what: "a buffer without room for a header",
-                });
             }
-            match self.mux.next(&mut chain.writable) {
-                Some(length) => queue.push(&map, chain.head, u32::try_from(length).unwrap_or(0))?,
-                None => queue.unpop(1),
-            }
+            self.mux.next(&mut chains, &mut used);
+            queue.push_all(&map, &used)?;
+            let left = chains.len() - used.len();
+            queue.unpop(u16::try_from(left).unwrap_or(0));
+            // Few buffers are looked at in vain: more at a time only as long as all are filled.
+            batch = if left == 0 { (2 * batch).min(MOST_CHAINS) } else { 1 };
+            given += used.len().max(1);
+            chains.clear();
+            used.clear();
         }
         queue.signal(&map)?;
         Ok(Progress::More)
