@@ -25,7 +25,7 @@ use vmdevices::virtio::{CacheMode, OnError};
 use vmdevices::{Disk, Pc, console};
 
 /// Long enough for a guest on an emulated processor on a busy machine; a hang ends the test.
-const LIMIT: Duration = Duration::from_secs(400);
+const LIMIT: Duration = Duration::from_secs(900);
 
 /// The backend to boot on: `VMCORE_ACCEL`, or the best there is.
 fn accel() -> Accel {
