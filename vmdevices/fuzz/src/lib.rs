@@ -17,6 +17,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 use vmcore::{BusDevice, GuestAddress, GuestMemory, IrqLine, MemoryRegion};
 use vmdevices::block::{BlockBackend, DiskStats};
 use vmdevices::buffers::Buffers;
@@ -172,11 +173,25 @@ pub fn console(input: &[u8]) -> End {
 /// Drives sockets of guest 3: the host listens on port 1, connects to port 2 of the guest and does not
 /// wait.
 pub fn vsock(input: &[u8]) -> End {
+    sockets(input).0
+}
+
+/// As [`vsock`], with how many bytes the server on port 1 has got. It knows the newest stream only, of which it
+/// takes a little at a time, and to which it gives as much as there is room for. Others it closes.
+pub fn sockets(input: &[u8]) -> (End, usize) {
     let device = Vsock::new(3).expect("events");
     let handle = device.handle();
-    let _listener = handle.listen(1).expect("an event");
+    let listener = handle.listen(1).expect("an event");
     handle.connect(2, Duration::ZERO).expect_err("nobody is there");
-    drive(device, input)
+    let (mut stream, mut taken) = (None, 0);
+    let end = drive_beside(device, input, || {
+        stream = listener.accept(Duration::ZERO).ok().or_else(|| stream.take());
+        let Some(stream) = &stream else { return };
+        let mut piece = [0; 500];
+        taken += recv(stream, &mut piece, RecvFlags::DONTWAIT).map_or(0, |(count, _)| count);
+        send(stream, &[0x5a; 20_000], SendFlags::DONTWAIT | SendFlags::NOSIGNAL).ok();
+    });
+    (end, taken)
 }
 
 /// Drives a console with two ports, on the second of which somebody has typed.
@@ -201,6 +216,11 @@ pub fn balloon(input: &[u8]) -> End {
 /// them, and then does what it says: registers read and written, memory changed, queues notified, chains
 /// offered.
 fn drive(device: impl VirtioDevice + 'static, input: &[u8]) -> End {
+    drive_beside(device, input, || ())
+}
+
+/// As [`drive`], where `host` has a turn before each step.
+fn drive_beside(device: impl VirtioDevice + 'static, input: &[u8], mut host: impl FnMut()) -> End {
     let memory = memory();
     let queues = device.queue_sizes().len();
     let features = device.features() | RING_FEATURES;
@@ -219,6 +239,7 @@ fn drive(device: impl VirtioDevice + 'static, input: &[u8]) -> End {
 
     let mut chains = chain::Chains::new(memory.clone(), queues);
     while let Some((&[what, a, b, c], rest)) = script.split_first_chunk() {
+        host();
         if what == CHAIN {
             script = chains.offer(&mut device, [a, b, c], rest);
             continue;

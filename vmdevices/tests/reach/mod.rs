@@ -19,19 +19,21 @@ const DEVICES: [Device; 7] = [
     ("virtio_ports", fuzz::ports, &[1, 3, 5], &[1, 2, 3, 4, 5]),
     ("virtio_rng", fuzz::rng, &[0], &[0]),
     // Linux waits for an event that does not come.
-    ("virtio_vsock", fuzz::vsock, &[1], &[0, 1]),
+    (SOCKETS, fuzz::vsock, &[1], &[0, 1]),
 ];
 
-/// The target whose requests are looked at too.
+/// The targets whose requests and streams are looked at too.
 const DISK: &str = "virtio_block";
+const SOCKETS: &str = "virtio_vsock";
 
 /// Every target that has seeds of real traffic, and what they are to reach together.
 pub fn targets() -> BTreeMap<&'static str, BTreeSet<String>> {
     let queue = |number: &usize| format!("queue {number}");
     let mut targets: BTreeMap<_, BTreeSet<_>> =
         DEVICES.iter().map(|device| (device.0, device.3.iter().map(queue).collect())).collect();
-    let others: [(_, &[_]); 4] = [
+    let others: [(_, &[_]); 5] = [
         (DISK, &["reads", "writes", "flushes", "discards and zeroes"]),
+        (SOCKETS, &["bytes for the host", "bytes for the guest"]),
         ("virtio_net_commands", &["commands"]),
         ("pci", &["messages"]),
         ("nat", &["connections", "answers", "data"]),
@@ -82,6 +84,11 @@ pub fn reached(target: &str, input: &[u8]) -> BTreeSet<String> {
                 counted("writes", done.writes);
                 counted("flushes", done.flushes);
                 counted("discards and zeroes", done.cleared);
+            }
+            if target == SOCKETS {
+                counted("bytes for the host", fuzz::sockets(input).1 as u64);
+                // Besides the answers to what the guest sent.
+                counted("bytes for the guest", end.used[0].saturating_sub(end.used[1]).into());
             }
         }
     }
