@@ -1,6 +1,7 @@
 //! What happens on a write to guest memory by the host or a device.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use arc_swap::ArcSwap;
@@ -17,11 +18,13 @@ pub(crate) trait WriteObserver: Send + Sync {
 pub struct Tracker {
     pub(super) dirty: Option<AtomicBitmap>,
     observers: ArcSwap<Vec<Weak<dyn WriteObserver>>>,
+    /// There has been an observer. On KVM there is none, and devices write a few times for each request.
+    observed: AtomicBool,
 }
 
 impl Tracker {
     pub(super) fn new(dirty: Option<AtomicBitmap>) -> Self {
-        Self { dirty, observers: ArcSwap::default() }
+        Self { dirty, observers: ArcSwap::default(), observed: AtomicBool::new(false) }
     }
 
     /// Tells `observer` of every write from now on, while it lives.
@@ -31,6 +34,7 @@ impl Tracker {
             let living = old.iter().filter(|o| o.strong_count() > 0).cloned();
             living.chain([observer.clone()]).collect::<Vec<_>>()
         });
+        self.observed.store(true, Ordering::Release);
     }
 }
 
@@ -47,6 +51,9 @@ impl<'a> WithBitmapSlice<'a> for Tracker {
 impl Bitmap for Tracker {
     fn mark_dirty(&self, offset: usize, len: usize) {
         self.dirty.mark_dirty(offset, len);
+        if !self.observed.load(Ordering::Acquire) {
+            return;
+        }
         for observer in self.observers.load().iter().filter_map(Weak::upgrade) {
             observer.written(offset as u64, len as u64);
         }
