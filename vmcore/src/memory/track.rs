@@ -18,7 +18,8 @@ pub(crate) trait WriteObserver: Send + Sync {
 pub struct Tracker {
     pub(super) dirty: Option<AtomicBitmap>,
     observers: ArcSwap<Vec<Weak<dyn WriteObserver>>>,
-    /// There has been an observer. On KVM there is none, and devices write a few times for each request.
+    /// There has been an observer. On KVM there is none, and devices write a few times for each request. It is set
+    /// when the region becomes a slot, long before code of that is decoded: a write at that moment is seen there.
     observed: AtomicBool,
 }
 

@@ -77,7 +77,7 @@ impl VsockWorker {
         let Some(queue) = self.queues.get_mut(usize::from(RECEIVE)) else { return Ok(Progress::Idle) };
         queue.disable_notifications(&map)?;
         let (mut given, mut batch) = (0, 1);
-        let (mut chains, mut used) = (Vec::with_capacity(MOST_CHAINS), Vec::with_capacity(MOST_CHAINS));
+        let (mut chains, mut used) = (Vec::new(), Vec::new());
         while given < TURN {
             if !self.mux.has_packets() {
                 queue.signal(&map)?;
